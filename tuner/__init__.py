@@ -1,0 +1,1 @@
+"""tuner: hyperparameter optimisation for transfer learning of image classifiers."""

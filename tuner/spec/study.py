@@ -1,0 +1,127 @@
+"""Read a study file: TOML in, a checked ``StudySpec`` out, or every problem of the file at once."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tuner.errors import SpecError
+from tuner.spec import sections
+from tuner.spec.problems import find_conflicts, list_problems
+from tuner.spec.sections import Section, StudySpec
+from tuner.spec.space import PARAMETERS, Distribution, parse_distribution
+from tuner.spec.suggestions import did_you_mean
+
+SECTIONS: dict[str, type[Section]] = {
+    "study": sections.StudySection,
+    "data": sections.DataSection,
+    "training": sections.TrainingSection,
+    "pretraining": sections.PretrainingSection,
+    "search": sections.SearchSection,
+    "workers": sections.WorkersSection,
+}
+_TABLES = (*SECTIONS, "space", "backbones", "enqueue")
+
+
+def load_spec(path: str | Path) -> StudySpec:
+    """Read and check a study file.
+
+    Args:
+        path: The TOML file. Paths inside it are relative to its folder.
+
+    Returns:
+        The checked spec, with absolute paths.
+
+    Raises:
+        SpecError: With all problems of the file, one per line, if there are any.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "; 'tuner init FOLDER' writes a study file" if path.is_dir() else ""
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise SpecError(f"{path}: must be a readable study file, got: {reason}{hint}") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path}: must be TOML, got: {error}") from error
+    return parse_spec(tables, path.resolve().parent)
+
+
+def parse_spec(tables: dict[str, Any], folder: Path) -> StudySpec:
+    """Check the tables of a study file.
+
+    Args:
+        tables: What TOML gave.
+        folder: What relative paths inside are relative to.
+
+    Raises:
+        SpecError: With all problems, if there are any.
+    """
+    problems = [f"{key}: unknown key{did_you_mean(key, _TABLES)}" for key in tables if key not in _TABLES]
+    parts: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        if name in tables or name in {"study", "data"}:
+            parts[name] = _parse_section(section, tables.get(name, {}), name, problems)
+    parts["backbones"] = {
+        name: _parse_section(sections.BackboneSection, table, f'backbones."{name}"', problems)
+        for name, table in _expect_table(tables.get("backbones", {}), "backbones", problems).items()
+    }
+    parts["space"] = _parse_space(tables.get("space", {}), problems)
+    parts["enqueue"] = tables.get("enqueue", [])
+    problems += find_conflicts(parts, tables)
+    if problems:
+        raise SpecError(problems)
+    return _resolve_paths(StudySpec(**parts), folder)
+
+
+def _expect_table(value: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    problems.append(f"{where}: must be a table, got {value!r}")
+    return {}
+
+
+def _parse_section(section: type[Section], table: Any, where: str, problems: list[str]) -> Section | None:
+    """Check one section; on failure add its problems and return None."""
+    if not isinstance(table, dict):
+        problems.append(f"{where}: must be a table, got {table!r}")
+        return None
+    try:
+        return section.model_validate(table)
+    except ValidationError as error:
+        problems += list_problems(error, section, where)
+        return None
+
+
+def _parse_space(table: Any, problems: list[str]) -> dict[str, Distribution | None]:
+    """Check ``[space]``; a name whose distribution is wrong maps to None."""
+    space: dict[str, Distribution | None] = {}
+    for name, entry in _expect_table(table, "space", problems).items():
+        if name not in PARAMETERS:
+            problems.append(f"space.{name}: unknown key{did_you_mean(name, PARAMETERS)}")
+            continue
+        space[name], found = parse_distribution(name, entry)
+        problems += found
+    return space
+
+
+def _resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
+    """Return the spec with every path made absolute."""
+
+    def resolve(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    def resolve_data(data: sections.DataSection) -> sections.DataSection:
+        return data.model_copy(update={"path": resolve(data.path)}) if data.path else data
+
+    backbones = {
+        name: section
+        if section.weights in {None, "random"}
+        else section.model_copy(update={"weights": resolve(str(section.weights))})
+        for name, section in spec.backbones.items()
+    }
+    pretraining = spec.pretraining and spec.pretraining.model_copy(update={"data": resolve_data(spec.pretraining.data)})
+    return spec.model_copy(update={"data": resolve_data(spec.data), "backbones": backbones, "pretraining": pretraining})

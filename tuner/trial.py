@@ -1,0 +1,142 @@
+"""The words that travel between the coordinator and its workers: frozen, keyword-only, plain data."""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialParams:
+    """The resolved recipe of one trial: everything that training needs besides the data and the weights."""
+
+    backbone: str
+    """A timm model name, ``tuner:small_cnn`` or ``package.module:function``."""
+    lr: float
+    """Peak learning rate of the head, > 0."""
+    batch_size: int
+    """Images per optimizer step, >= 1."""
+    unfrozen_layers: int
+    """Layer groups that train, counted from the head. 1 is the classifier alone."""
+    augmentation_strength: float
+    """In [0, 1]; 0 is no augmentation at all."""
+    optimizer: str
+    """``adamw``, ``adam`` or ``sgd``."""
+    weight_decay: float
+    """Decoupled for adamw, L2 for adam and sgd; never applied to biases and norms. >= 0."""
+    layer_decay: float
+    """Factor on the learning rate per layer group away from the head. In (0, 1]; 1 is no decay."""
+    label_smoothing: float
+    """In [0, 1)."""
+    dropout: float
+    """Share of the classifier's inputs dropped in training, besides what the backbone itself drops. In [0, 1)."""
+    warmup_fraction: float
+    """Share of all steps with a linearly rising learning rate, before the cosine. In [0, 1)."""
+    momentum: float
+    """Momentum of sgd, beta1 of adam and adamw. In [0, 1)."""
+    epochs: int
+    """Horizon of the learning rate schedule, >= 1."""
+    horizontal_flip: bool
+    """Whether augmentation may mirror images."""
+    class_weights: str
+    """``none`` or ``balanced``."""
+    seed: int
+    """Seed of everything random in the trial. In [0, 2**63)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the params as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read what ``to_json`` wrote."""
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochResult:
+    """What one epoch of training showed."""
+
+    epoch: int
+    """From 1."""
+    train_loss: float
+    """Mean training loss over the epoch's images, label smoothing and class weights included."""
+    val_loss: float
+    """Mean cross entropy over the validation images, without smoothing or weights."""
+    val_accuracy: float
+    val_balanced_accuracy: float
+    """Mean of the classes' recalls."""
+    val_macro_precision: float
+    val_macro_recall: float
+    val_macro_f1: float
+    seconds: float
+    """Wall time of training and validation."""
+    images_per_second: float
+    """Training images over the seconds that training them took."""
+
+    def objective_value(self, objective: str) -> float:
+        """Return the value of a study's objective, such as ``val_accuracy``."""
+        return float(getattr(self, objective))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassReport:
+    """Validation of one trained model, class by class."""
+
+    confusion_matrix: tuple[tuple[int, ...], ...]
+    """Rows are true classes, columns are predicted ones; counts."""
+    precision: tuple[float, ...]
+    recall: tuple[float, ...]
+    f1: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read what ``dataclasses.asdict`` and JSON made of a report."""
+        return cls(
+            confusion_matrix=tuple(tuple(row) for row in values["confusion_matrix"]),
+            precision=tuple(values["precision"]),
+            recall=tuple(values["recall"]),
+            f1=tuple(values["f1"]),
+        )
+
+
+class TrialState(StrEnum):
+    """How a trial ended. The names are Optuna's."""
+
+    COMPLETE = "COMPLETE"
+    PRUNED = "PRUNED"
+    FAIL = "FAIL"
+
+
+class Reason(StrEnum):
+    """Why a trial did not complete."""
+
+    PRUNER = "pruner"
+    """Its curve was worse than the others'."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """Infeasible: the sampler learns to avoid it."""
+    DIVERGED = "diverged"
+    """The loss became NaN or infinite. Infeasible."""
+    ERROR = "error"
+    """An exception while training; the traceback is kept with the trial."""
+    WORKER_LOST = "worker_lost"
+    """Its process died; the trial is queued again once."""
+    INTERRUPTED = "interrupted"
+    """The run was stopped; the trial is queued again."""
+
+    @property
+    def infeasible(self) -> bool:
+        """Whether the point itself is at fault, so that the sampler should avoid it."""
+        return self in {Reason.OUT_OF_MEMORY, Reason.DIVERGED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialOutcome:
+    """How a trial ended, and why if it did not complete."""
+
+    state: TrialState
+    reason: Reason | None = None
+    message: str = ""
+    """One line for a person."""
+    traceback: str = ""
+    report: ClassReport | None = None
+    """Of the last epoch; only for completed trials."""
