@@ -140,3 +140,14 @@ class TrialOutcome:
     traceback: str = ""
     report: ClassReport | None = None
     """Of the last epoch; only for completed trials."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read what ``dataclasses.asdict`` and JSON made of an outcome."""
+        return cls(
+            state=TrialState(values["state"]),
+            reason=values["reason"] and Reason(values["reason"]),
+            message=values["message"],
+            traceback=values["traceback"],
+            report=values["report"] and ClassReport.from_json(values["report"]),
+        )

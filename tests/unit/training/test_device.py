@@ -1,0 +1,66 @@
+"""Devices by name, and how they say that memory is out."""
+
+import pytest
+import torch
+
+from tuner.errors import DeviceError
+from tuner.training.device import as_device, is_out_of_memory, seed_everything
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+def test_as_device_knows_the_cpu() -> None:
+    """The CPU is always there."""
+    assert as_device("cpu") == torch.device("cpu")
+
+
+@without_cuda
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:3"])
+def test_as_device_never_falls_back_to_the_cpu(name: str) -> None:
+    """A missing CUDA device is the user's to solve."""
+    with pytest.raises(DeviceError, match=rf"^device: must exist, got '{name}'; torch sees no CUDA device here"):
+        as_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", ""])
+def test_as_device_refuses_other_names(name: str) -> None:
+    """Only the names of the study file are names of devices."""
+    with pytest.raises(DeviceError, match=rf"^device: must be cpu, cuda or cuda:<number>, got '{name}'$"):
+        as_device(name)
+
+
+def test_as_device_refuses_a_number_too_high() -> None:
+    """A machine with CUDA says which devices it has, one without says that it has none."""
+    with pytest.raises(DeviceError, match=r"^device: must (lie in cuda:0 to|exist, got 'cuda:99')"):
+        as_device("cuda:99")
+
+
+def test_seed_everything_repeats_the_global_draws() -> None:
+    """Dropout and initialisation draw from the global generator."""
+    seed_everything(2**63 - 1)
+    first = torch.rand(3)
+    seed_everything(2**63 - 1)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_is_out_of_memory_knows_what_torch_raises_on_this_machine() -> None:
+    """The message of torch's CPU allocator is recognised as it really comes."""
+    with pytest.raises(RuntimeError, match="memory") as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_is_out_of_memory_tells_memory_from_bugs(error: BaseException, expected: bool) -> None:
+    """Only errors about memory make a trial infeasible."""
+    assert is_out_of_memory(error) is expected

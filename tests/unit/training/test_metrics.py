@@ -1,0 +1,67 @@
+"""Scores from the confusion matrix, against scikit-learn's."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sklearn_metrics
+from torch import Tensor
+
+from tuner.training.metrics import count_confusion, score_logits
+
+
+def draw_logits(n_classes: int, *, seed: int, only_labels: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return logits that are right more often than not, and labels of the first classes only if asked."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, only_labels or n_classes, (40,), generator=generator)
+    logits = torch.randn(40, n_classes, generator=generator)
+    logits[torch.arange(40), labels] += 0.8
+    return logits, labels
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "seed", "only_labels"), [(2, 0, None), (5, 1, None), (5, 2, 3), (60, 3, None), (60, 4, 7)]
+)
+def test_score_logits_agrees_with_sklearn(n_classes: int, seed: int, only_labels: int | None) -> None:
+    """All scores, also where classes are missing among labels or predictions."""
+    logits, labels = draw_logits(n_classes, seed=seed, only_labels=only_labels)
+    scores = score_logits(logits, labels)
+    true, predicted = labels.numpy(), logits.argmax(1).numpy()
+    macro = sklearn_metrics.precision_recall_fscore_support(true, predicted, average="macro", zero_division=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
+        balanced = sklearn_metrics.balanced_accuracy_score(true, predicted)
+    assert scores.accuracy == pytest.approx(sklearn_metrics.accuracy_score(true, predicted))
+    assert scores.balanced_accuracy == pytest.approx(balanced)
+    assert (scores.macro_precision, scores.macro_recall, scores.macro_f1) == pytest.approx(macro[:3])
+    assert scores.loss == pytest.approx(
+        sklearn_metrics.log_loss(true, logits.double().softmax(1).numpy(), labels=list(range(n_classes))), rel=1e-5
+    )
+
+
+def test_score_logits_reports_every_class() -> None:
+    """The report has one entry per class, as scikit-learn with all labels given, 0 for 0 / 0."""
+    logits, labels = draw_logits(6, seed=5, only_labels=4)
+    report = score_logits(logits, labels).report
+    true, predicted = labels.numpy(), logits.argmax(1).numpy()
+    expected = sklearn_metrics.precision_recall_fscore_support(true, predicted, labels=range(6), zero_division=0)
+    for ours, theirs in zip((report.precision, report.recall, report.f1), expected[:3], strict=True):
+        np.testing.assert_allclose(ours, theirs)
+    np.testing.assert_array_equal(
+        report.confusion_matrix, sklearn_metrics.confusion_matrix(true, predicted, labels=range(6))
+    )
+
+
+def test_count_confusion_has_true_classes_as_rows() -> None:
+    """One image of class 2 taken for class 0 lies in row 2, column 0."""
+    confusion = count_confusion(torch.tensor([2]), torch.tensor([0]), 3)
+    assert confusion[2, 0] == 1
+    assert confusion.sum() == 1
+
+
+@pytest.mark.parametrize(("n_logits", "n_labels"), [(0, 0), (2, 3)])
+def test_score_logits_refuses_sizes_that_do_not_fit(n_logits: int, n_labels: int) -> None:
+    """No images have no accuracy."""
+    with pytest.raises(ValueError, match=rf"^logits: must be as many as labels.*got {n_logits} and {n_labels}$"):
+        score_logits(torch.zeros(n_logits, 2), torch.zeros(n_labels, dtype=torch.int64))

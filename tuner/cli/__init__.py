@@ -1,0 +1,1 @@
+"""The ``tuner`` command: parse, call one function, print."""

@@ -1,0 +1,58 @@
+"""The command group, and how errors become exit codes. Heavy imports wait inside the commands."""
+
+import os
+import sys
+from importlib.metadata import version
+
+import click
+
+from tuner.cli.results import best, delete, list_, show, status, trials
+from tuner.cli.searching import check, dashboard, init, run
+from tuner.cli.using import predict, train
+from tuner.errors import EXIT_SIGINT, TunerError
+
+_EXIT_BROKEN_PIPE = 141
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("tuner"), prog_name="tuner")
+def cli() -> None:
+    """Find the best fine-tuned image classifier for the hours you give.
+
+    \b
+    Example:
+      tuner init photos/            look at a folder of images, write photos.toml
+      tuner check photos.toml       problems, or the plan
+      tuner run photos.toml         search; stop it any time, the same command goes on
+      tuner train photos --out model/
+      tuner predict model/ *.jpg
+    """
+
+
+for command in (init, check, run, list_, status, trials, show, best, train, predict, delete, dashboard):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command; return its exit code. A user's mistake is one clear line on stderr, a bug a traceback."""
+    try:
+        code = cli.main(arguments, prog_name="tuner", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except TunerError as error:
+        for line in str(error).splitlines():
+            click.echo(line if line.startswith(" ") else f"error: {line}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped", err=True)
+        return EXIT_SIGINT
+    except BrokenPipeError:  # `tuner trials | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BROKEN_PIPE
+    return code if isinstance(code, int) else 0

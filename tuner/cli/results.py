@@ -1,0 +1,145 @@
+"""Commands that read, or delete, what studies have found."""
+
+import csv
+import io
+import json
+from typing import Any
+
+import click
+
+from tuner.cli.options import format_table, format_value, json_option, storage_option
+
+
+@click.command("list")
+@storage_option
+@json_option
+def list_(storage: str | None, as_json: bool) -> None:
+    """List the studies of a storage.
+
+    \b
+    Example:
+      tuner list
+    """
+    from tuner.production.reading import read_summaries
+
+    summaries = read_summaries(storage)
+    if as_json:
+        click.echo(json.dumps([vars(summary) for summary in summaries], indent=2))
+        return
+    rows = [
+        (
+            summary.name,
+            f"{summary.n_finished}/{summary.n_trials if summary.n_trials is not None else '?'}",
+            summary.objective,
+            format_value(summary.best_value),
+        )
+        for summary in summaries
+    ]
+    click.echo(format_table(("STUDY", "TRIALS", "OBJECTIVE", "BEST"), rows) if rows else "no studies")
+
+
+@click.command()
+@click.argument("study")
+@storage_option
+@json_option
+def status(study: str, storage: str | None, as_json: bool) -> None:
+    """Say how far a study is, why trials did not complete, and which is the best.
+
+    \b
+    Example:
+      tuner status digits --json
+    """
+    from tuner.production.reading import read_study_status
+    from tuner.service.result import describe_status
+
+    found = read_study_status(study, storage)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else describe_status(found))
+
+
+@click.command()
+@click.argument("study")
+@storage_option
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values with every param.")
+def trials(study: str, storage: str | None, as_csv: bool) -> None:
+    """List the trials of a study.
+
+    \b
+    Example:
+      tuner trials digits --csv > trials.csv
+    """
+    from tuner.production.reading import list_trials
+
+    rows = list_trials(study, storage)
+    header = list(rows[0]) if rows else ["number"]
+    if as_csv:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        click.echo(text.getvalue(), nl=False)
+        return
+    click.echo(
+        format_table([name.upper() for name in header], [[_short(value) for value in row.values()] for row in rows])
+    )
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@click.command()
+@click.argument("study")
+@click.argument("number", type=click.IntRange(min=0))
+@storage_option
+@json_option
+def show(study: str, number: int, storage: str | None, as_json: bool) -> None:
+    """Show one trial: its params, its curve, and why it ended.
+
+    \b
+    Example:
+      tuner show digits 12
+    """
+    from tuner.production.reading import describe_trial, read_trial
+
+    trial = read_trial(study, number, storage)
+    click.echo(json.dumps(trial, indent=2) if as_json else describe_trial(trial))
+
+
+@click.command()
+@click.argument("study")
+@click.option("--format", "form", type=click.Choice(["toml", "json"]), default="toml", show_default=True)
+@storage_option
+def best(study: str, form: str, storage: str | None) -> None:
+    """Print the best trial's recipe, ready for another program.
+
+    \b
+    Example:
+      tuner best digits --format json
+    """
+    from tuner.production.best import best_params, write_toml
+
+    params = best_params(study, storage=storage)
+    click.echo(json.dumps(params, indent=2) if form == "json" else write_toml(params), nl=form == "json")
+
+
+@click.command()
+@click.argument("study")
+@storage_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(study: str, storage: str | None, yes: bool) -> None:
+    """Delete a study, its trials and its kept models. Asks first.
+
+    \b
+    Example:
+      tuner delete digits
+    """
+    from tuner.production.reading import delete_study, read_study_status
+
+    found = read_study_status(study, storage)
+    if not yes:
+        n_trials = sum(found.counts.values())
+        click.confirm(f"Delete study {study!r} with {n_trials} trials from {found.storage}?", abort=True)
+    delete_study(study, storage)
+    click.echo(f"deleted {study!r}")

@@ -1,0 +1,135 @@
+"""Commands around a search: init, check, run, dashboard."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tuner.cli.options import json_option, storage_option
+from tuner.errors import EXIT_SIGINT, EXIT_SIGTERM
+
+if TYPE_CHECKING:
+    from tuner.service.result import StudyStatus
+    from tuner.spec.sections import StudySpec
+
+_STOP_CODES = {"sigint": EXIT_SIGINT, "sigterm": EXIT_SIGTERM}
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Study file to write.  [default: FOLDER's name + .toml]")
+def init(folder: Path, out: Path | None) -> None:
+    """Look at a folder of images and write a study file for it.
+
+    \b
+    Example:
+      tuner init photos/ --out photos.toml
+    """
+    from tuner.service.initial_study import write_initial_study
+
+    written, summary = write_initial_study(folder, out)
+    click.echo(f"{summary}\nwrote {written}; next: tuner check {written}")
+
+
+@click.command()
+@click.argument("study_file", type=click.Path(path_type=Path))
+@json_option
+def check(study_file: Path, as_json: bool) -> None:
+    """Say what is wrong with a study file, or what it would do.
+
+    \b
+    Example:
+      tuner check studies/digits.toml
+    """
+    from tuner.service.plan import describe_plan, make_plan
+    from tuner.spec.study import load_spec
+
+    plan = make_plan(load_spec(study_file))
+    click.echo(json.dumps(plan, indent=2) if as_json else describe_plan(plan))
+
+
+@click.command()
+@click.argument("study_file", type=click.Path(path_type=Path))
+@click.option("--trials", type=click.IntRange(min=1), metavar="N", help="New total of trials, instead of the file's.")
+@click.option("--timeout", metavar="T", help='Stop starting trials after T, such as "2h" or "90m".')
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Workers, instead of one per device or core.")
+@storage_option
+@click.option("--quiet", is_flag=True, help="Print the result only.")
+@json_option
+def run(
+    study_file: Path,
+    trials: int | None,
+    timeout: str | None,
+    workers: int | None,
+    storage: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Search until the study has its trials. Stop it any time: the same command goes on.
+
+    Exit codes: 0 done or timeout, 3-10 as the error says, 130 Ctrl-C, 143 SIGTERM.
+
+    \b
+    Example:
+      tuner run studies/digits.toml
+      tuner run studies/digits.toml --trials 100 --timeout 30m
+    """
+    from tuner.service.coordinator import run_study
+    from tuner.service.progress import make_display
+    from tuner.spec.study import load_spec
+
+    spec = _override(load_spec(study_file), trials, timeout)
+    display = make_display(quiet=quiet or as_json)
+    status = run_study(spec, storage=storage, n_workers=workers, display=display)
+    click.echo(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, study_file, storage))
+    return _STOP_CODES.get(status.stopped_by, 0)
+
+
+def _override(spec: "StudySpec", trials: int | None, timeout: str | None) -> "StudySpec":
+    """Return the spec with what the command line says instead."""
+    from tuner.spec.sections import parse_duration
+
+    changes: dict[str, object] = {} if trials is None else {"n_trials": trials}
+    if timeout is not None:
+        try:
+            changes["timeout"] = parse_duration(timeout)
+        except ValueError as error:
+            raise click.BadParameter(f"{error}, got {timeout!r}", param_hint="--timeout") from error
+    return spec.model_copy(update={"search": spec.search.model_copy(update=changes)})
+
+
+def _conclude(status: "StudyStatus", study_file: Path, storage: str | None) -> str:
+    """Return the result of a run and the next commands to type."""
+    from tuner.service.result import describe_status
+
+    where = f" --storage {storage}" if storage else ""
+    name = json.dumps(status.name) if " " in status.name else status.name
+    lines = [describe_status(status)]
+    if status.n_finished < status.n_trials:
+        why = {"timeout": "the timeout", "sigint": "Ctrl-C", "sigterm": "SIGTERM"}.get(status.stopped_by)
+        lines.append(
+            f"stopped by {why}; go on: tuner run {study_file}{where}" if why else "no point of the grid is left"
+        )
+    if status.best:
+        lines.append("next:")
+        lines.append(f"  tuner best {name} --format toml{where}    the recipe, for your own training")
+        lines.append(f"  tuner train {name} --out model{where}    retrain it on train + val, look at test once")
+        lines.append(f"  tuner dashboard{where}    see every trial")
+    return "\n".join(lines)
+
+
+@click.command()
+@storage_option
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free one.")
+@click.option("--write", is_flag=True, help="Let everyone who reaches the port change and delete studies.")
+def dashboard(storage: str | None, port: int, write: bool) -> None:
+    """Show the studies in optuna-dashboard, read-only, on 127.0.0.1.
+
+    \b
+    Example:
+      tuner dashboard --port 8081
+    """
+    from tuner.service.dashboard import serve_dashboard
+
+    serve_dashboard(storage, port=port, writable=write, announce=click.echo)

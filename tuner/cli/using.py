@@ -1,0 +1,61 @@
+"""Commands that turn a search into a model in use: train, predict."""
+
+import json
+from pathlib import Path
+
+import click
+
+from tuner.cli.options import json_option, storage_option
+from tuner.errors import EXIT_SKIPPED
+
+
+@click.command()
+@click.argument("study")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Model folder to write.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
+@click.option("--allow-code", is_flag=True, help="Let a backbone that is a function of yours be imported.")
+@storage_option
+def train(study: str, out: Path, device: str, allow_code: bool, storage: str | None) -> None:
+    """Retrain the best recipe on train + val, and look at the test split once.
+
+    \b
+    Example:
+      tuner train digits --out model/
+    """
+    from tuner.production.retrain import describe_result, train_best
+
+    result = train_best(
+        study, out, storage=storage, device=device, allow_code=allow_code, announce=lambda text: click.echo(text)
+    )
+    click.echo(describe_result(result))
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
+@click.option("--allow-code", is_flag=True, help="Let a backbone that is a function of yours be imported.")
+@json_option
+def predict(folder: Path, images: tuple[Path, ...], device: str, allow_code: bool, as_json: bool) -> int:
+    """Classify images, or all images of folders, with a model folder.
+
+    Files that cannot be read are named on stderr and left out; the exit code is then 11.
+
+    \b
+    Example:
+      tuner predict model/ photo.jpg more_photos/
+    """
+    from tuner.production.predictor import find_images, load
+
+    predictor = load(folder, device=device, allow_code=allow_code)
+    predictions = predictor.predict(find_images(images))
+    done = [prediction for prediction in predictions if prediction.error is None]
+    for prediction in predictions:
+        if prediction.error is not None:
+            click.echo(f"skipped {prediction.path}: {prediction.error}", err=True)
+    if as_json:
+        click.echo(json.dumps([prediction.to_json() for prediction in done], indent=2))
+    else:
+        for prediction in done:
+            click.echo(f"{prediction.path}\t{prediction.label}\t{prediction.probability:.4f}")
+    return EXIT_SKIPPED if len(done) < len(predictions) else 0

@@ -1,0 +1,97 @@
+"""The images of a split as tensors, and where they lie while a trial trains."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tuner.data.index import ImageIndex, Split
+from tuner.data.splits import check_classes, search_rows, unlock_test
+from tuner.data.store import PixelStore, open_store
+from tuner.spec.sections import DataSection
+
+_DEVICE_FRACTION = 0.4
+"""Share of a CUDA device's free memory that images may take; the rest is for training and for other workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Images and labels."""
+
+    pixels: Tensor
+    """uint8, shape ``(n_images, 3, size, size)``, on any device. Not to be changed: it may be the cache itself."""
+    labels: Tensor
+    """int64, shape ``(n_images,)``, on the same device."""
+    n_classes: int
+
+
+def load_image_set(
+    index: ImageIndex,
+    splits: NDArray[np.int8],
+    section: DataSection,
+    which: tuple[Split, ...],
+    *,
+    interpolation: str,
+    n_threads: int = 1,
+) -> ImageSet:
+    """Return the images of some splits, decoded. TEST images are opened only if ``which`` names them.
+
+    Args:
+        index: The images.
+        splits: Their splits, shape ``(n_images,)``.
+        section: Image size, way of resizing and allowance for bad images.
+        which: Splits, in the order wanted. Naming ``Split.TEST`` unlocks it.
+        interpolation: A key of ``decode.RESAMPLING``.
+        n_threads: Images decoded at a time, if they are not in the cache.
+
+    Raises:
+        DataError: If too many images cannot be decoded, or train or val is left without a class.
+        StorageError: If the cache folder cannot be used.
+    """
+    if Split.TEST in which:
+        index, splits = unlock_test(index, splits)
+    parts: list[tuple[Tensor, NDArray[np.int64]]] = []
+    if searchable := tuple(split for split in which if split is not Split.TEST):
+        store = open_store(index, search_rows(splits), section, interpolation=interpolation, n_threads=n_threads)
+        _check_store(index, splits, store)
+        parts += [_take_split(store, splits, split) for split in searchable]
+        if searchable == (Split.TRAIN, Split.VAL):
+            parts = [(torch.from_numpy(store.pixels), store.rows)]
+    if Split.TEST in which:
+        rows = np.flatnonzero(splits == Split.TEST)
+        store = open_store(index, rows, section, interpolation=interpolation, n_threads=n_threads)
+        parts.insert(which.index(Split.TEST), (torch.from_numpy(store.pixels), store.rows))
+    pixels = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
+    labels = torch.from_numpy(index.labels[np.concatenate([rows for _, rows in parts])])
+    return ImageSet(pixels=pixels, labels=labels, n_classes=len(index.classes))
+
+
+def _take_split(store: PixelStore, splits: NDArray[np.int8], split: Split) -> tuple[Tensor, NDArray[np.int64]]:
+    positions = np.flatnonzero(splits[store.rows] == split)
+    stretch = slice(positions[0], positions[-1] + 1)
+    return torch.from_numpy(store.pixels[stretch]), store.rows[stretch]
+
+
+def _check_store(index: ImageIndex, splits: NDArray[np.int8], store: PixelStore) -> None:
+    """Check that train and val still hold every class without the bad images."""
+    usable = np.full_like(splits, -1)
+    usable[store.rows] = splits[store.rows]
+    check_classes(index, usable)
+
+
+def move_to(images: ImageSet, device: torch.device) -> ImageSet:
+    """Return the images on a device; on CUDA only if they fit, else they stay on the host, pinned.
+
+    Args:
+        images: The images.
+        device: Where training happens.
+    """
+    if images.pixels.device == device:
+        return images
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        if images.pixels.nbytes > _DEVICE_FRACTION * free_bytes:
+            return replace(images, pixels=images.pixels.pin_memory(), labels=images.labels.pin_memory())
+    return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device))

@@ -1,0 +1,247 @@
+"""Decoded once: images as one memory-mapped array in the cache, shared by all workers and studies."""
+
+import fcntl
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
+
+from tuner.data.decode import decode_image
+from tuner.data.index import ImageIndex
+from tuner.errors import DataError, StorageError
+from tuner.paths import cache_root, replacing
+from tuner.spec.sections import DataSection
+
+_FORMAT = 1
+"""Raised when the same images would give other pixels."""
+_N_NAMED = 5
+_GIGABYTE = 1e9
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadImage:
+    """An image that could not be decoded."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelStore:
+    """Decoded images."""
+
+    pixels: NDArray[np.uint8]
+    """Memory-mapped, copy on write; shape ``(n_rows, 3, size, size)``."""
+    rows: NDArray[np.int64]
+    """Rows of the index that ``pixels`` holds, in order; bad ones are left out."""
+    bad: tuple[BadImage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What to decode, and how."""
+
+    index: ImageIndex
+    rows: NDArray[np.int64]
+    size: int
+    resize: str
+    interpolation: str
+    max_bad_fraction: float
+
+    def hash_key(self) -> str:
+        """Return a SHA-256 of everything that the pixels depend on."""
+        settings = [_FORMAT, PIL.__version__, self.size, self.resize, self.interpolation]
+        images = [(self.index.names[row], self.index.image_version(row)) for row in self.rows]
+        return sha256(json.dumps([settings, images]).encode()).hexdigest()
+
+    def shape(self, n_bad: int) -> tuple[int, int, int, int]:
+        """Return the shape of the pixels without the bad images."""
+        return len(self.rows) - n_bad, 3, self.size, self.size
+
+
+def open_store(
+    index: ImageIndex,
+    rows: Sequence[int] | NDArray[np.int64],
+    section: DataSection,
+    *,
+    interpolation: str,
+    n_threads: int = 1,
+    on_progress: Progress | None = None,
+) -> PixelStore:
+    """Return decoded images, from the cache if they are there.
+
+    Args:
+        index: The images.
+        rows: Which of them, in which order. Only these are opened.
+        section: Image size, way of resizing and allowance for bad images.
+        interpolation: A key of ``decode.RESAMPLING``.
+        n_threads: Images decoded at a time.
+        on_progress: Called with the number of decoded images and of all.
+
+    Raises:
+        DataError: If more images than ``max_bad_fraction`` allows cannot be decoded.
+        StorageError: If the cache folder cannot be written or has too little room.
+    """
+    job = _Job(
+        index=index,
+        rows=np.asarray(rows, dtype=np.int64),
+        size=section.image_size,
+        resize=section.resize,
+        interpolation=interpolation,
+        max_bad_fraction=section.max_bad_fraction,
+    )
+    if not len(job.rows):
+        return PixelStore(pixels=np.empty(job.shape(0), dtype=np.uint8), rows=job.rows, bad=())
+    path = cache_root() / "pixels" / f"{job.hash_key()}.npy"
+    store = _read_store(path, job)
+    if store is None:
+        with _reporting_storage(path.parent), _locked(path):
+            store = _read_store(path, job)  # another process may have been faster
+            if store is None:
+                _build_store(path, job, n_threads, on_progress)
+                store = _read_store(path, job)
+    if store is None:
+        raise StorageError(f"TUNER_CACHE_DIR: must keep what is written to it, got other bytes back from '{path}'")
+    _check_allowance(job, store.bad)
+    return store
+
+
+def _read_store(path: Path, job: _Job) -> PixelStore | None:
+    """Return the store at ``path``, or None if there is none that fits the job."""
+    try:
+        bad = {int(position): reason for position, reason in json.loads(_sidecar(path).read_text()).items()}
+        pixels = np.load(path, mmap_mode="c")  # c: a write by mistake stays in memory
+    except (OSError, ValueError, EOFError, AttributeError):
+        return None
+    if pixels.shape != job.shape(len(bad)) or pixels.dtype != np.uint8:
+        return None
+    good = np.delete(np.arange(len(job.rows)), list(bad))
+    return PixelStore(pixels=pixels, rows=job.rows[good], bad=_name_bad(job, bad))
+
+
+def _name_bad(job: _Job, bad: dict[int, str]) -> tuple[BadImage, ...]:
+    names = job.index.names
+    return tuple(BadImage(name=names[job.rows[position]], reason=reason) for position, reason in bad.items())
+
+
+def _sidecar(path: Path) -> Path:
+    """Return the file that lists the bad images; it is written before the pixels."""
+    return path.with_suffix(".json")
+
+
+def _check_allowance(job: _Job, bad: tuple[BadImage, ...]) -> None:
+    if len(bad) > job.max_bad_fraction * len(job.rows):
+        shown = ", ".join(f"{image.name} ({image.reason})" for image in bad[:_N_NAMED])
+        more = f" and {len(bad) - _N_NAMED} more" if len(bad) > _N_NAMED else ""
+        raise DataError(
+            f"data.max_bad_fraction: at most {job.max_bad_fraction:g} of the images may fail to decode, "
+            f"got {len(bad)} of {len(job.rows)}: {shown}{more}"
+        )
+
+
+@contextmanager
+def _reporting_storage(folder: Path) -> Iterator[None]:
+    """Turn what the system says about the cache folder into a ``StorageError``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(
+            f"TUNER_CACHE_DIR: must be a folder that can be written, got '{folder}' ({reason}); "
+            f"set TUNER_CACHE_DIR to another folder"
+        ) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time decode a store; the others wait and then find it done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks: the same pixels are then decoded twice
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build_store(path: Path, job: _Job, n_threads: int, on_progress: Progress | None) -> None:
+    _check_disk(path.parent, job)
+    with replacing(path) as temporary:
+        pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=job.shape(0))
+        with temporary.open("r+b") as file:  # on a full disk a write to a mapped hole would kill the process
+            os.posix_fallocate(file.fileno(), 0, pixels.offset + pixels.nbytes)
+        bad = _decode_all(job, pixels, n_threads, on_progress)
+        _check_allowance(job, _name_bad(job, bad))
+        if bad:
+            _drop_rows(temporary, pixels, bad)
+        pixels.flush()
+        del pixels
+        with replacing(_sidecar(path)) as sidecar:
+            sidecar.write_text(json.dumps(bad))
+
+
+def _check_disk(folder: Path, job: _Job) -> None:
+    needed, free = int(np.prod(job.shape(0), dtype=object)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"TUNER_CACHE_DIR: must have {needed / _GIGABYTE:.1f} GB free for the decoded images, "
+            f"got {free / _GIGABYTE:.1f} GB in '{folder}'; set TUNER_CACHE_DIR or lower data.image_size"
+        )
+
+
+def _decode_all(job: _Job, pixels: NDArray[np.uint8], n_threads: int, on_progress: Progress | None) -> dict[int, str]:
+    """Fill ``pixels``; return why images failed, by their position."""
+
+    def decode(position: int) -> str:
+        try:
+            with job.index.open_image(int(job.rows[position])) as image:
+                pixels[position] = decode_image(
+                    image, size=job.size, resize=job.resize, interpolation=job.interpolation
+                )
+        except Exception as error:  # noqa: BLE001  # Pillow's formats raise nearly everything for broken files
+            return _describe(error)
+        return ""
+
+    bad = {}
+    with warnings.catch_warnings(), ThreadPoolExecutor(n_threads) as pool:
+        # Pillow warns about odd metadata and large images, which are no reason to refuse an image.
+        warnings.simplefilter("ignore")
+        for position, reason in enumerate(pool.map(decode, range(len(job.rows)))):
+            if reason:
+                bad[position] = reason
+            if on_progress:
+                on_progress(position + 1, len(job.rows))
+    return bad
+
+
+def _describe(error: Exception) -> str:
+    """Return one line on why an image failed."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _drop_rows(path: Path, pixels: np.memmap, bad: dict[int, str]) -> None:
+    """Move the good images of a ``.npy`` together and shorten the file; copying it would need the disk twice."""
+    good = np.delete(np.arange(len(pixels)), list(bad))
+    for target, source in enumerate(good):
+        pixels[target] = pixels[source]
+    pixels.flush()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(good), *pixels.shape[1:])}
+    with path.open("r+b") as file:
+        np.lib.format.write_array_header_1_0(file, header)  # as long as before: it reserves room for any first axis
+        file.truncate(pixels.offset + pixels[0].nbytes * len(good))

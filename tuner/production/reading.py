@@ -1,0 +1,136 @@
+"""Read, or delete, what studies have found; needs the storage, not the study file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from tuner.errors import StudyError
+from tuner.search.storage import hold_lock, open_storage, resolve_url, study_lock_path
+from tuner.search.studies import StoredStudy, StudySummary, delete_stored, list_studies, load_stored
+from tuner.search.trial_book import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
+from tuner.service.kept_models import remove_models
+from tuner.service.result import StudyStatus, read_status
+
+_EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_macro_f1", "seconds")
+
+
+@contextmanager
+def open_existing(storage: str | None) -> Iterator[tuple[RDBStorage, str]]:
+    """Open a storage to read it; yield it with its URL.
+
+    Raises:
+        StorageError: If it cannot be read.
+    """
+    url = resolve_url(storage)
+    opened = open_storage(url)
+    try:
+        yield opened, url
+    finally:
+        opened.remove_session()
+        opened.engine.dispose()
+
+
+@contextmanager
+def open_stored(study: str, storage: str | None) -> Iterator[tuple[StoredStudy, str]]:
+    """Open a study to read it; yield it with the storage's URL.
+
+    Raises:
+        StorageError: If the storage cannot be read.
+        StudyError: If it has no such study of ours.
+    """
+    with open_existing(storage) as (opened, url):
+        yield load_stored(opened, study), url
+
+
+def read_summaries(storage: str | None = None) -> list[StudySummary]:
+    """Return a summary of every study of a storage."""
+    with open_existing(storage) as (opened, _):
+        return list_studies(opened)
+
+
+def read_study_status(study: str, storage: str | None = None) -> StudyStatus:
+    """Return how far a study is."""
+    with open_stored(study, storage) as (stored, url):
+        return read_status(stored, url)
+
+
+def list_trials(study: str, storage: str | None = None) -> list[dict[str, Any]]:
+    """Return the trials of a study as rows with the same columns."""
+    with open_stored(study, storage) as (stored, _):
+        names = list(stored.spec.space)
+        return [_make_row(trial, names) for trial in stored.study.get_trials(deepcopy=False)]
+
+
+def _make_row(trial: FrozenTrial, names: list[str]) -> dict[str, Any]:
+    attrs = trial.user_attrs
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "value": trial.value,
+        "reason": attrs.get(REASON_ATTR),
+        **{name: trial.params.get(name) for name in names},
+        "unfrozen_layers_resolved": attrs.get("unfrozen_layers_resolved"),
+        "epochs": len(trial.intermediate_values),
+        "seconds": attrs.get("seconds"),
+    }
+
+
+def read_trial(study: str, number: int, storage: str | None = None) -> dict[str, Any]:
+    """Return all that is known of one trial, as JSON.
+
+    Raises:
+        StudyError: If the study has no such trial.
+    """
+    with open_stored(study, storage) as (stored, _):
+        trials = stored.study.get_trials(deepcopy=False)
+        if number >= len(trials):
+            raise StudyError(f"trial {number}: must be a trial of study {study!r}, which has {len(trials)}")
+        trial = trials[number]
+        return {
+            "study": study,
+            "number": number,
+            "state": trial.state.name,
+            "value": trial.value,
+            "objective": stored.spec.study.objective,
+            "params": trial.params,
+            "recipe": trial.user_attrs.get(PARAMS_ATTR),
+            "started": trial.datetime_start and trial.datetime_start.isoformat(),
+            "ended": trial.datetime_complete and trial.datetime_complete.isoformat(),
+            **{key: value for key, value in trial.user_attrs.items() if key not in {PARAMS_ATTR, "ending"}},
+        }
+
+
+def describe_trial(trial: dict[str, Any]) -> str:
+    """Return a trial for a person: params, curve, and why it ended."""
+    value = "" if trial["value"] is None else f", {trial['objective']} {trial['value']:.4f}"
+    reason = (
+        f" ({trial[REASON_ATTR]}{': ' + trial['message'] if trial['message'] else ''})" if REASON_ATTR in trial else ""
+    )
+    lines = [f"trial {trial['number']} of {trial['study']}: {trial['state'].lower()}{reason}{value}"]
+    lines += [f"  {name} = {value}" for name, value in (trial["recipe"] or trial["params"]).items()]
+    if epochs := trial.get(EPOCHS_ATTR):
+        lines += ["", "  ".join(name.rjust(12) for name in _EPOCH_COLUMNS)]
+        lines += ["  ".join(f"{epoch[name]:12.4g}" for name in _EPOCH_COLUMNS) for epoch in epochs]
+    if "traceback" in trial:
+        lines += ["", trial["traceback"].rstrip()]
+    return "\n".join(lines)
+
+
+def delete_study(study: str, storage: str | None = None) -> None:
+    """Delete a study, its trials and its kept models.
+
+    Raises:
+        StudyError: If there is none of this name, or it is running.
+    """
+    with open_existing(storage) as (opened, url):
+        load_stored(opened, study)
+        lock = study_lock_path(url, study)
+        with hold_lock(lock) as is_free:
+            if not is_free:
+                raise StudyError(f"study {study!r}: must not be running, a 'tuner run' holds it")
+            delete_stored(opened, study)
+            remove_models(url, study)
+            lock.unlink(missing_ok=True)

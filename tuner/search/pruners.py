@@ -1,0 +1,54 @@
+"""The pruners by the names of the study file, with resources counted in epochs from 1.
+
+No resource is left to Optuna's "auto": it is inert until the first trial completes and then resolves to 1, which
+prunes fine-tuning curves before they have crossed.
+"""
+
+from collections.abc import Callable
+
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    PercentilePruner,
+    SuccessiveHalvingPruner,
+)
+
+N_STARTUP_TRIALS = 5
+"""Trials that must complete before median and percentile compare with them."""
+_REDUCTION_FACTOR = 3
+
+
+def _n_warmup_epochs(epochs: int) -> int:
+    """About 15 % of the epochs: rankings of the first epochs say little about the last."""
+    return max(1, round(0.15 * epochs))
+
+
+def _n_first_rung(epochs: int) -> int:
+    return max(2 if epochs > 2 else 1, epochs // 8)
+
+
+PRUNERS: dict[str, Callable[[int], BasePruner]] = {
+    "median": lambda epochs: MedianPruner(n_startup_trials=N_STARTUP_TRIALS, n_warmup_steps=_n_warmup_epochs(epochs)),
+    "percentile": lambda epochs: PercentilePruner(
+        75.0, n_startup_trials=N_STARTUP_TRIALS, n_warmup_steps=_n_warmup_epochs(epochs)
+    ),
+    "asha": lambda epochs: SuccessiveHalvingPruner(
+        min_resource=_n_first_rung(epochs), reduction_factor=_REDUCTION_FACTOR
+    ),
+    "hyperband": lambda epochs: HyperbandPruner(
+        min_resource=_n_first_rung(epochs), max_resource=epochs, reduction_factor=_REDUCTION_FACTOR
+    ),
+    "none": lambda _: NopPruner(),
+}
+
+
+def make_pruner(name: str, *, epochs: int) -> BasePruner:
+    """Make a pruner.
+
+    Args:
+        name: A key of ``PRUNERS``.
+        epochs: Epochs of a whole trial.
+    """
+    return PRUNERS[name](epochs)

@@ -1,0 +1,252 @@
+"""Studies in the storage: made, resumed or refused, listed, and read without their study file."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState as OptunaState
+
+from tuner.errors import StudyError
+from tuner.search.pruners import make_pruner
+from tuner.search.samplers import make_sampler
+from tuner.spec.sections import StudySpec
+from tuner.spec.suggestions import did_you_mean
+
+FORMAT = 1
+SPEC_ATTR = "tuner:spec"
+FACTS_ATTR = "tuner:facts"
+_FREE_KEYS = {"storage", "n_trials", "timeout", "sampler", "pruner", "workers", "path", "enqueue", "weights"}
+"""Keys that may differ when a study is reopened: data and weights are compared by content instead."""
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFacts:
+    """What a worker found out before the first trial; stored with the study, so that nothing needs the study file."""
+
+    data_hash: str
+    """Of names, labels, splits and sizes (not of what is in test images)."""
+    classes: tuple[str, ...]
+    splits: str
+    """Packed split of every image, in the order of the data index."""
+    split_counts: dict[str, int]
+    """Images in train, val and test."""
+    group_counts: dict[str, int]
+    """Layer groups of each backbone."""
+    weights: dict[str, str]
+    """Fingerprint of each backbone's starting weights."""
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the facts as JSON text."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "StudyFacts":
+        """Read what ``to_json`` wrote."""
+        values = json.loads(text)
+        return cls(**values | {"classes": tuple(values["classes"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredStudy:
+    """An Optuna study of ours with the spec and the facts that it was made with."""
+
+    study: optuna.Study
+    spec: StudySpec
+    facts: StudyFacts
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.study.study_name
+
+
+def direction_of(spec: StudySpec) -> Literal["minimize", "maximize"]:
+    """Return Optuna's direction for the objective."""
+    return "minimize" if spec.study.objective == "val_loss" else "maximize"
+
+
+def open_study(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
+    """Make the study of a spec, or resume it if it is stored and the same.
+
+    Raises:
+        StudyError: If a stored study of this name differs in what its results depend on.
+    """
+    try:
+        study = optuna.create_study(storage=storage, study_name=spec.study.name, direction=direction_of(spec))
+    except DuplicatedStudyError:
+        return _resume(storage, spec, facts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names([spec.study.objective])
+    study.set_user_attr(FACTS_ATTR, facts.to_json())
+    # Written last: a study without it was cut off while it was made, and is made again.
+    study.set_user_attr(SPEC_ATTR, spec.model_dump_json())
+    return _equip(storage, spec, facts)
+
+
+def _resume(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
+    study = optuna.load_study(storage=storage, study_name=spec.study.name)
+    if SPEC_ATTR not in study.user_attrs:
+        if study.get_trials(deepcopy=False):
+            raise StudyError(f"study.name: {spec.study.name!r} is a study of another program; choose another name")
+        optuna.delete_study(storage=storage, study_name=spec.study.name)
+        return open_study(storage, spec, facts)
+    stored = _read_attrs(study)
+    changes = find_changes(stored.spec, spec) + find_changed_facts(stored.facts, facts)
+    if changes:
+        lines = "\n  ".join(changes)
+        raise StudyError(
+            f"study {spec.study.name!r}: the stored study must be the study file's, but these differ "
+            f"(restore them, choose another study.name, or 'tuner delete' the old study):\n  {lines}"
+        )
+    study.set_user_attr(SPEC_ATTR, spec.model_dump_json())
+    return _equip(storage, spec, stored.facts)
+
+
+def _equip(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
+    """Load a study with its sampler and pruner."""
+    bare = optuna.load_study(storage=storage, study_name=spec.study.name)
+    n_stored = len(bare.get_trials(deepcopy=False))
+    study = optuna.load_study(
+        storage=storage,
+        study_name=spec.study.name,
+        sampler=make_sampler(spec.search.sampler, study_seed=spec.study.seed, n_stored=n_stored),
+        pruner=make_pruner(spec.search.pruner, epochs=spec.training.epochs),
+    )
+    return StoredStudy(study=study, spec=spec, facts=facts)
+
+
+def find_changes(stored: StudySpec, new: StudySpec) -> list[str]:
+    """Return one line for each key whose change makes old and new trials incomparable."""
+    before, after = (_flatten(spec.model_dump(mode="json")) for spec in (stored, new))
+    return [
+        f"{key}: {_show(before.get(key))} in the study, {_show(after.get(key))} in the study file"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is None else repr(value)
+
+
+def _flatten(value: Any, where: str = "") -> dict[str, Any]:
+    """Return the leaves of nested tables by dotted key, without the keys that may change."""
+    if not isinstance(value, dict):
+        return {where: value}
+    leaves: dict[str, Any] = {}
+    for key, inner in value.items():
+        if key not in _FREE_KEYS:
+            leaves |= _flatten(inner, f"{where}.{key}" if where else key)
+    return leaves
+
+
+def find_changed_facts(stored: StudyFacts, new: StudyFacts) -> list[str]:
+    """Return one line for each thing outside the study file that changed: the data or a weights file."""
+    changes = []
+    if stored.data_hash != new.data_hash:
+        changes.append(
+            f"data: other images, labels or splits than in the study ({_count(stored)} then, {_count(new)} now)"
+        )
+    changes += [
+        f'backbones."{name}".weights: other weights than in the study'
+        for name, fingerprint in stored.weights.items()
+        if new.weights.get(name) != fingerprint
+    ]
+    return changes
+
+
+def _count(facts: StudyFacts) -> str:
+    return f"{sum(facts.split_counts.values())} images of {len(facts.classes)} classes"
+
+
+def load_stored(storage: RDBStorage, name: str) -> StoredStudy:
+    """Load a study to read it.
+
+    Raises:
+        StudyError: If there is none of this name, or it is another program's.
+    """
+    names = optuna.get_all_study_names(storage=storage)
+    if name not in names:
+        known = f"; the storage holds {', '.join(sorted(names)[:5])}" if names else "; the storage holds no study"
+        raise StudyError(f"study {name!r}: must be in the storage{did_you_mean(name, names) or known}")
+    study = optuna.load_study(storage=storage, study_name=name)
+    if SPEC_ATTR not in study.user_attrs:
+        raise StudyError(f"study {name!r}: must be a study made by 'tuner run'")
+    return _read_attrs(study)
+
+
+def _read_attrs(study: optuna.Study) -> StoredStudy:
+    attrs = study.user_attrs
+    return StoredStudy(
+        study=study,
+        spec=StudySpec.model_validate_json(attrs[SPEC_ATTR]),
+        facts=StudyFacts.from_json(attrs[FACTS_ATTR]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySummary:
+    """One line of ``tuner list``."""
+
+    name: str
+    objective: str
+    counts: Mapping[str, int]
+    """Trials by state."""
+    n_trials: int | None
+    """Trials that the study is to have; None for another program's study."""
+    best_value: float | None
+
+
+def list_studies(storage: RDBStorage) -> list[StudySummary]:
+    """Return a summary of every study in a storage, by name."""
+    return [
+        _summarise(optuna.load_study(storage=storage, study_name=name))
+        for name in sorted(optuna.get_all_study_names(storage=storage))
+    ]
+
+
+def _summarise(study: optuna.Study) -> StudySummary:
+    ours = _read_attrs(study) if SPEC_ATTR in study.user_attrs else None
+    return StudySummary(
+        name=study.study_name,
+        objective=ours.spec.study.objective if ours else "?",
+        counts=count_states(study),
+        n_trials=ours.spec.search.n_trials if ours else None,
+        best_value=best.value if (best := find_best(study)) else None,
+    )
+
+
+def count_states(study: optuna.Study) -> dict[str, int]:
+    """Return how many trials are in each of Optuna's states."""
+    counts = {state.name: 0 for state in OptunaState}
+    for trial in study.get_trials(deepcopy=False):
+        counts[trial.state.name] += 1
+    return counts
+
+
+def find_best(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+    """Return the best completed trial, the earliest of equals, or None if none completed."""
+    complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
+    if not complete:
+        return None
+    sign = -1 if study.direction == optuna.study.StudyDirection.MINIMIZE else 1
+    return max(complete, key=lambda trial: (sign * (trial.value or 0.0), -trial.number))
+
+
+def delete_stored(storage: RDBStorage, name: str) -> None:
+    """Delete a study and its trials from the storage.
+
+    Raises:
+        StudyError: If there is none of this name.
+    """
+    load_stored(storage, name)
+    optuna.delete_study(storage=storage, study_name=name)

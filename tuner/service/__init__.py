@@ -1,0 +1,1 @@
+"""Run a study: the only room that sees both the search and the training."""

@@ -1,0 +1,119 @@
+"""Run a study. The coordinator is the one process that writes the storage; it never loads torch, data or models."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optuna.storages import RDBStorage
+
+from tuner.errors import StorageError, StudyError
+from tuner.search.storage import (
+    find_database,
+    hold_lock,
+    open_storage,
+    resolve_url,
+    schema_lock_path,
+    study_lock_path,
+)
+from tuner.search.studies import StoredStudy, StudyFacts, find_best, find_changes, load_stored, open_study
+from tuner.service.messages import Description
+from tuner.service.pool import Pool
+from tuner.service.progress import ActivityChanged, Display, Noted, SilentDisplay
+from tuner.service.result import StudyStatus, is_finished, read_status
+from tuner.service.scouting import scout_study
+from tuner.service.search_loop import SearchLoop
+from tuner.service.signals import StopSignals
+from tuner.spec.sections import StudySpec
+
+
+def run_study(
+    spec: StudySpec, *, storage: str | None = None, n_workers: int | None = None, display: Display | None = None
+) -> StudyStatus:
+    """Run a study to its number of trials, resuming what the storage holds of it.
+
+    Args:
+        spec: The checked study file.
+        storage: SQLite URL; default: the spec's, ``TUNER_STORAGE``, or ``sqlite:///studies.db``.
+        n_workers: Workers to start; default: one per CUDA device (times ``per_device``), or one per CPU core.
+        display: What the user sees; default: nothing.
+
+    Returns:
+        The study's status. Its ``stopped_by`` says whether a signal or the timeout ended the run early.
+
+    Raises:
+        StudyError: If the stored study differs from the spec, or is already running.
+        DataError, ModelError, DeviceError, StorageError, SpecError: If something cannot be used.
+        SearchError: If five trials fail in a row, or the study ends without a completed trial.
+        KeyboardInterrupt: If Ctrl-C came before there was a study, or came twice.
+    """
+    url = resolve_url(storage, spec.study.storage)
+    with _open_alone(url, spec.study.name) as opened, display or SilentDisplay() as shown:
+        if (finished := _find_finished(opened, spec)) is not None:
+            return read_status(finished, url)
+        with _hide_cuda(spec) as environment, StopSignals() as signals, Pool(environment) as pool:
+            shown.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
+            scouted = scout_study(pool, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
+            if scouted is None:
+                raise KeyboardInterrupt
+            shown.show(ActivityChanged(worker=0, text=""))
+            for note in scouted.description.notes:
+                shown.show(Noted(text=note))
+            stored = open_study(opened, spec, _collect_facts(scouted.description))
+            return SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals).run()
+
+
+@contextmanager
+def _open_alone(url: str, study_name: str) -> Iterator[RDBStorage]:
+    """Open the storage as the only run of a study."""
+    database = find_database(url)
+    if not database.parent.is_dir():
+        raise StorageError(f"storage: must lie in a folder that exists, got {database}")
+    with hold_lock(study_lock_path(url, study_name)) as is_free:
+        if not is_free:
+            raise StudyError(f"study {study_name!r}: must not be running already; another 'tuner run' holds it")
+        with hold_lock(schema_lock_path(url), wait=True):
+            storage = open_storage(url, create=True)
+        try:
+            yield storage
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
+
+
+def _find_finished(storage: RDBStorage, spec: StudySpec) -> StoredStudy | None:
+    """Return the stored study if it is the spec's and has all its trials: there is nothing to run."""
+    try:
+        stored = load_stored(storage, spec.study.name)
+    except StudyError:
+        return None
+    stored = StoredStudy(study=stored.study, spec=spec, facts=stored.facts)
+    is_same = not find_changes(load_stored(storage, spec.study.name).spec, spec)
+    return stored if is_same and is_finished(stored) and find_best(stored.study) else None
+
+
+@contextmanager
+def _hide_cuda(spec: StudySpec) -> Iterator[dict[str, str]]:
+    """Keep the coordinator off the devices while the gp sampler computes with torch; yield what workers inherit."""
+    environment = dict(os.environ)
+    if spec.search.sampler == "gp":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield environment
+    finally:
+        if "CUDA_VISIBLE_DEVICES" in environment:
+            os.environ["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
+def _collect_facts(description: Description) -> StudyFacts:
+    """Return what is stored with the study."""
+    return StudyFacts(
+        data_hash=description.data_hash,
+        classes=description.classes,
+        splits=description.splits,
+        split_counts=description.split_counts,
+        group_counts=description.group_counts,
+        weights=description.fingerprints,
+        versions=description.versions,
+    )

@@ -1,0 +1,122 @@
+"""What a study means on this machine: its images, its backbones, their weights, and the disk that they need."""
+
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import nn
+
+from tuner.data.index import Split
+from tuner.data.splits import has_test, pack_splits
+from tuner.models.backbone import check_forward, create_backbone, read_preprocessing
+from tuner.models.hub import check_reach
+from tuner.models.layers import group_layers
+from tuner.models.weights import find_weights, load_weights
+from tuner.paths import cache_root
+from tuner.service.messages import Description
+from tuner.service.study_data import StudyData
+from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.training.pretrain import find_pretrained
+
+_TIMED_IMAGES = 8
+_TIMING_SECONDS = 8.0
+"""Backbones whose turn comes after this are not timed: a check is to answer within seconds."""
+
+
+def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Description:
+    """Look at everything that a study needs, without decoding an image or downloading a weight.
+
+    Raises:
+        DataError, ModelError: If something cannot be used.
+    """
+    started = perf_counter()
+    group_counts, n_params, weights, fingerprints = {}, {}, {}, {}
+    seconds_per_image: dict[str, float] = {}
+    for name in spec.backbone_names():
+        model = _make_checked(name, spec, n_classes=len(data.index.classes))
+        group_counts[name] = len(group_layers(model))
+        n_params[name] = sum(parameter.numel() for parameter in model.parameters())
+        weights[name], fingerprints[name] = _identify_weights(name, spec)
+        if timed and perf_counter() - started < _TIMING_SECONDS:
+            seconds_per_image[name] = _time_image(model, spec.data.image_size)
+    return Description(
+        classes=data.index.classes,
+        split_counts=_count_splits(data),
+        splits=pack_splits(data.splits),
+        data_hash=data.hash,
+        group_counts=group_counts,
+        n_params=n_params,
+        weights=weights,
+        fingerprints=fingerprints,
+        versions=_list_versions(),
+        store_bytes=_count_store_bytes(spec, data),
+        free_bytes=_count_free_bytes(cache_root()),
+        seconds_per_image=seconds_per_image,
+        notes=_list_notes(data),
+    )
+
+
+def _make_checked(name: str, spec: StudySpec, *, n_classes: int) -> nn.Module:
+    """Return a backbone that takes the study's images, with its local weights if it has a file."""
+    section = spec.backbones.get(name, BackboneSection())
+    model = create_backbone(name, section, n_classes=n_classes, image_size=spec.data.image_size)
+    check_forward(model, image_size=spec.data.image_size, n_classes=n_classes, name=name)
+    if spec.pretraining is None:
+        if find_weights(name, section).kind == "file":
+            load_weights(model, name, section)
+        check_reach(name, section)
+    return model
+
+
+def _identify_weights(name: str, spec: StudySpec) -> tuple[str, str]:
+    """Return where a backbone's weights come from, for a person, and what identifies them."""
+    if spec.pretraining is not None:
+        path, is_there = find_pretrained(name, spec)
+        return f"pretraining ({'cached' if is_there else 'to do'})", path.stem
+    info = find_weights(name, spec.backbones.get(name, BackboneSection()))
+    return f"{info.kind}: {info.detail}" if info.detail != info.kind else info.kind, info.fingerprint
+
+
+def _time_image(model: nn.Module, image_size: int) -> float:
+    """Return the seconds that one image of full fine-tuning takes on the CPU, after a warm-up."""
+    images = torch.zeros(_TIMED_IMAGES, 3, image_size, image_size)
+    model.train()
+    for _ in range(2):
+        started = perf_counter()
+        model(images).square().mean().backward()
+        seconds = perf_counter() - started
+    return seconds / _TIMED_IMAGES
+
+
+def _count_splits(data: StudyData) -> dict[str, int]:
+    return {split.name.lower(): int(np.count_nonzero(data.splits == split)) for split in Split}
+
+
+def _count_store_bytes(spec: StudySpec, data: StudyData) -> int:
+    """Return the disk that the decoded images take: one copy for each way of resizing."""
+    sections = [(name, spec.backbones.get(name, BackboneSection())) for name in spec.backbone_names()]
+    n_copies = len({read_preprocessing(name, section).interpolation for name, section in sections})
+    n_images = int(np.count_nonzero(data.splits != Split.TEST))
+    return n_copies * n_images * 3 * spec.data.image_size**2
+
+
+def _count_free_bytes(folder: Path) -> int:
+    """Return the free disk of a folder, or of the nearest one above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _list_versions() -> dict[str, str]:
+    versions = {name: version(name) for name in ("tuner", "torch", "torchvision", "timm", "numpy", "pillow")}
+    return {"python": sys.version.split()[0], **versions}
+
+
+def _list_notes(data: StudyData) -> tuple[str, ...]:
+    if has_test(data.index, data.splits):
+        return ()
+    return ("no test split: 'tuner train' will have no unbiased number; data.test_fraction = 0.2 keeps one back",)

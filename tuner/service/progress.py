@@ -1,0 +1,238 @@
+"""What the user sees while a study runs: a live table on a terminal, plain lines elsewhere, or nothing."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tuner.trial import TrialOutcome, TrialParams, TrialState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted:
+    """One line for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """How many trials count, of how many."""
+
+    n_done: int
+    n_trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivityChanged:
+    """What a worker does besides trials; an empty text: nothing."""
+
+    worker: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStarted:
+    """A worker starts a trial."""
+
+    worker: int
+    number: int
+    params: TrialParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochReported:
+    """A running trial finished an epoch."""
+
+    worker: int
+    epoch: int
+    n_epochs: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialFinished:
+    """A trial ended; the value is that of a completed one."""
+
+    worker: int
+    number: int
+    outcome: TrialOutcome
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestFound:
+    """A trial is the best so far."""
+
+    number: int
+    value: float
+
+
+Event = Noted | Counted | ActivityChanged | TrialStarted | EpochReported | TrialFinished | BestFound
+
+
+class Display(Protocol):
+    """What the coordinator tells the user through."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *details: object) -> None: ...
+
+    def show(self, event: Event) -> None:
+        """Tell the user of an event."""
+
+
+class SilentDisplay:
+    """Says nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        return
+
+    def show(self, event: Event) -> None:
+        """Say nothing."""
+
+
+@dataclass(kw_only=True)
+class _Progress:
+    """Counts of a run, and what follows from them."""
+
+    n_done: int = 0
+    n_trials: int = 0
+    n_before: int | None = None
+    started: float = field(default_factory=time.monotonic)
+    best: str = "-"
+
+    def update(self, n_done: int, n_trials: int) -> None:
+        if self.n_before is None:
+            self.n_before, self.started = n_done, time.monotonic()
+        self.n_done, self.n_trials = n_done, n_trials
+
+    def describe(self) -> str:
+        """Return ``12/60 trials, 3m left``."""
+        text = f"{self.n_done}/{self.n_trials} trials"
+        n_new = self.n_done - (self.n_before or 0)
+        if n_new > 0 and self.n_done < self.n_trials:
+            left = (time.monotonic() - self.started) / n_new * (self.n_trials - self.n_done)
+            text += f", about {format_seconds(left)} left"
+        return text
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as a person says it: ``8 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe_recipe(params: TrialParams) -> str:
+    """Return the part of a recipe that fits a line."""
+    return (
+        f"{params.backbone} lr={params.lr:.2g} batch={params.batch_size} "
+        f"unfrozen={params.unfrozen_layers} aug={params.augmentation_strength:.2g}"
+    )
+
+
+def describe_end(outcome: TrialOutcome, value: float | None) -> str:
+    """Return how a trial ended in a few words: ``complete 0.9312``, ``pruned (diverged)``."""
+    text = outcome.state.value.lower()
+    if value is not None:
+        text += f" {value:.4f}"
+    if outcome.state is not TrialState.COMPLETE and outcome.reason:
+        text += f" ({outcome.reason.value.replace('_', ' ')}{f': {outcome.message}' if outcome.message else ''})"
+    return text
+
+
+class PlainDisplay:
+    """One line per event, for logs and pipes; epochs and starts of trials are left out."""
+
+    def __init__(self) -> None:
+        self._progress = _Progress()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        return
+
+    def show(self, event: Event) -> None:
+        """Print the event, if it is worth a line."""
+        match event:
+            case Noted(text=text):
+                _print(text)
+            case ActivityChanged(worker=worker, text=text) if text:
+                _print(f"worker {worker}: {text}")
+            case Counted():
+                self._progress.update(event.n_done, event.n_trials)
+            case TrialFinished():
+                end = describe_end(event.outcome, event.value)
+                _print(f"trial {event.number}: {end}  [{self._progress.describe()}]")
+            case BestFound():
+                _print(f"best so far: trial {event.number}, {event.value:.4f}")
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - this is the program's output
+
+
+class LiveDisplay:
+    """A table that is redrawn in place: progress, one line per worker, the best so far."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = _Progress()
+        self._rows: dict[int, str] = {}
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._live.stop()
+
+    def show(self, event: Event) -> None:
+        """Update the table; print notes and failures above it."""
+        match event:
+            case Noted(text=text):
+                self._console.print(Text(text))
+            case Counted():
+                self._progress.update(event.n_done, event.n_trials)
+            case ActivityChanged(worker=worker, text=text):
+                self._rows[worker] = text
+            case TrialStarted(worker=worker):
+                self._rows[worker] = f"trial {event.number}  {describe_recipe(event.params)}"
+            case EpochReported(worker=worker):
+                recipe = self._rows.get(worker, "").partition("  epoch ")[0]
+                self._rows[worker] = f"{recipe}  epoch {event.epoch}/{event.n_epochs}  {event.value:.4f}"
+            case TrialFinished(worker=worker):
+                self._rows[worker] = ""
+                if event.outcome.state is TrialState.FAIL:
+                    end = describe_end(event.outcome, event.value)
+                    self._console.print(Text(f"trial {event.number}: {end}"))
+            case BestFound():
+                self._progress.best = f"trial {event.number}, {event.value:.4f}"
+
+    def _render(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for worker, text in sorted(self._rows.items()):
+            table.add_row(Text(f"worker {worker}", style="dim"), Text(text))
+        bar = ProgressBar(total=max(1, self._progress.n_trials), completed=self._progress.n_done, width=40)
+        head = Table.grid(padding=(0, 2))
+        head.add_row(bar, Text(self._progress.describe()), Text(f"best: {self._progress.best}", style="bold"))
+        return Group(head, table)
+
+
+def make_display(*, quiet: bool = False) -> Display:
+    """Return the display that fits standard output."""
+    if quiet:
+        return SilentDisplay()
+    return LiveDisplay(Console()) if sys.stdout.isatty() else PlainDisplay()

@@ -1,0 +1,114 @@
+"""What a study has come to: the end of ``tuner run``, and all of ``tuner status``."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from tuner.search.studies import StoredStudy, count_states, find_best
+from tuner.search.trial_book import PARAMS_ATTR, count_reasons
+from tuner.service.kept_models import model_folder
+
+StoppedBy = Literal["done", "timeout", "sigint", "sigterm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestTrial:
+    """The study's best completed trial."""
+
+    number: int
+    value: float
+    params: dict[str, Any]
+    """As searched, under Optuna's names."""
+    recipe: dict[str, Any]
+    """Resolved: all that training needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyStatus:
+    """A study at one moment."""
+
+    name: str
+    storage: str
+    objective: str
+    n_trials: int
+    """COMPLETE and PRUNED trials that the study is to have."""
+    counts: dict[str, int]
+    """Trials by Optuna's states."""
+    reasons: dict[str, int]
+    """PRUNED and FAIL trials by why, such as ``PRUNED: pruner``."""
+    best: BestTrial | None
+    model_folder: str | None
+    """Where the best trial's model lies, if it was kept."""
+    stopped_by: StoppedBy = "done"
+
+    @property
+    def n_finished(self) -> int:
+        """Trials that count."""
+        return self.counts["COMPLETE"] + self.counts["PRUNED"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as a JSON object."""
+        return asdict(self)
+
+
+def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done") -> StudyStatus:
+    """Return the status of a stored study."""
+    best = find_best(stored.study)
+    folder = model_folder(url, stored.name, best.number) if best else None
+    return StudyStatus(
+        name=stored.name,
+        storage=url,
+        objective=stored.spec.study.objective,
+        n_trials=stored.spec.search.n_trials,
+        counts=count_states(stored.study),
+        reasons={f"{state}: {reason}": count for (state, reason), count in sorted(count_reasons(stored.study).items())},
+        best=_describe_best(best) if best else None,
+        model_folder=str(folder) if folder and folder.is_dir() else None,
+        stopped_by=stopped_by,
+    )
+
+
+def _describe_best(trial: FrozenTrial) -> BestTrial:
+    return BestTrial(
+        number=trial.number,
+        value=trial.value or 0.0,
+        params=dict(trial.params),
+        recipe=trial.user_attrs[PARAMS_ATTR],
+    )
+
+
+def is_finished(stored: StoredStudy) -> bool:
+    """Whether the study has all its trials."""
+    states = (OptunaState.COMPLETE, OptunaState.PRUNED)
+    return len(stored.study.get_trials(deepcopy=False, states=states)) >= stored.spec.search.n_trials
+
+
+def describe_status(status: StudyStatus) -> str:
+    """Return a status for a person."""
+    counts, reasons = status.counts, status.reasons
+    lines = [
+        f"study {status.name}: {status.n_finished} of {status.n_trials} trials: {counts['COMPLETE']} complete, "
+        f"{counts['PRUNED']} pruned{_list_reasons(reasons, 'PRUNED')}, "
+        f"{counts['FAIL']} failed{_list_reasons(reasons, 'FAIL')}"
+        + (f", {counts['RUNNING']} running" if counts["RUNNING"] else "")
+        + (f", {counts['WAITING']} queued" if counts["WAITING"] else "")
+    ]
+    if status.best is None:
+        return "\n".join([*lines, "best: none yet"])
+    lines.append(f"best: trial {status.best.number}, {status.objective} {status.best.value:.4f}")
+    recipe = status.best.recipe
+    lines += [f"  {name} = {recipe[name] if name in recipe else value}" for name, value in status.best.params.items()]
+    if status.model_folder:
+        lines.append(f"its model: {status.model_folder}")
+    return "\n".join(lines)
+
+
+def _list_reasons(reasons: dict[str, int], state: str) -> str:
+    listed = [
+        f"{count} {reason.partition(': ')[2].replace('_', ' ')}"
+        for reason, count in reasons.items()
+        if reason.startswith(f"{state}: ")
+    ]
+    return f" ({', '.join(listed)})" if listed else ""

@@ -1,0 +1,90 @@
+"""Which devices train, and how a worker is bound to its own. No torch: bindings are fixed before it starts."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import DeviceError
+from tuner.spec.sections import WorkersSection
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A share of one device that runs one worker."""
+
+    device: str
+    """``cpu`` or ``cuda:N``, N counting the devices that the user made visible."""
+    n_threads: int
+    """CPU threads that the worker may use."""
+
+
+def usable_cores(cgroup: Path = _CGROUP) -> int:
+    """Return how many cores this process may use: its affinity, cut down to the cgroup's quota. At least 1."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _read_quota(cgroup)
+    return max(1, min(cores, math.floor(quota))) if quota else cores
+
+
+def _read_quota(cgroup: Path) -> float | None:
+    """Return the cores that cgroup v2 or v1 allows, or None for no limit."""
+    try:
+        if (unified := cgroup / "cpu.max").is_file():
+            quota, period = unified.read_text().split()
+        else:
+            quota = (cgroup / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu/cpu.cfs_period_us").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return None if quota in {"max", "-1"} else int(quota) / int(period)
+
+
+def list_slots(
+    workers: WorkersSection, cuda_devices: Sequence[str], *, n_workers: int | None = None, n_cores: int | None = None
+) -> tuple[Slot, ...]:
+    """Return the slots of a run.
+
+    Args:
+        workers: The study file's section.
+        cuda_devices: Names of the CUDA devices that the user made visible.
+        n_workers: Number of workers asked for on the command line; they are dealt to the devices in turn.
+        n_cores: Usable cores; default: this machine's.
+
+    Raises:
+        DeviceError: If a device of the study file does not exist.
+    """
+    n_cores = n_cores or usable_cores()
+    devices = _choose_devices(workers, len(cuda_devices))
+    if devices == ("cpu",):
+        return (Slot(device="cpu", n_threads=1),) * (n_workers or n_cores)
+    n_slots = n_workers or len(devices) * workers.per_device
+    n_threads = max(1, n_cores // n_slots)
+    return tuple(Slot(device=devices[number % len(devices)], n_threads=n_threads) for number in range(n_slots))
+
+
+def _choose_devices(workers: WorkersSection, n_cuda: int) -> tuple[str, ...]:
+    if workers.devices == ("auto",):
+        return tuple(f"cuda:{number}" for number in range(n_cuda)) or ("cpu",)
+    present = f"this machine shows {n_cuda} CUDA device{'' if n_cuda == 1 else 's'}"
+    for device in workers.devices:
+        if device.startswith("cuda") and int(device.partition(":")[2]) >= n_cuda:
+            raise DeviceError(f"workers.devices: must name devices that exist, got {device!r}; {present}")
+    return workers.devices
+
+
+def bind(device: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that shows a worker its own device and no other.
+
+    Args:
+        device: A slot's device.
+        environment: What to start from. A ``CUDA_VISIBLE_DEVICES`` in it is what ``cuda:N`` counts in.
+    """
+    if device == "cpu":
+        return {**environment, "CUDA_VISIBLE_DEVICES": ""}
+    number = int(device.partition(":")[2])
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    chosen = visible.split(",")[number].strip() if visible else str(number)
+    return {**environment, "CUDA_VISIBLE_DEVICES": chosen}

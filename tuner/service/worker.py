@@ -1,0 +1,125 @@
+"""One worker process: trains what the coordinator sends. Sees torch, never Optuna and never the storage.
+
+``python -m tuner.service.worker FD`` with one end of a socket pair. A thread reads the socket; when the coordinator is
+gone it ends the process at once, whatever is being computed.
+"""
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Never
+
+from tuner.errors import TunerError
+from tuner.service.messages import (
+    Crashed,
+    Describe,
+    EpochDone,
+    Hello,
+    Lines,
+    Message,
+    Note,
+    Prepare,
+    Prepared,
+    Refused,
+    Reply,
+    Setup,
+    Train,
+    Verdict,
+    encode,
+)
+from tuner.spec.sections import StudySpec
+
+
+class Line:
+    """The worker's end of the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> Never:
+        lines = Lines(self._connection)
+        while True:
+            try:
+                for message in lines.receive():
+                    self._inbox.put(message)
+            except EOFError:
+                os._exit(0)  # the coordinator is gone, and with it everyone who wanted a result
+
+    def send(self, reply: Reply) -> None:
+        """Send a reply."""
+        try:
+            self._connection.sendall(encode(reply))
+        except OSError:
+            os._exit(0)
+
+    def note(self, text: str) -> None:
+        """Send one line for the user."""
+        self.send(Note(text=text))
+
+    def receive(self) -> Message:
+        """Wait for the next message."""
+        return self._inbox.get()
+
+    def ask_verdict(self, done: EpochDone) -> Verdict:
+        """Report an epoch and wait for what the trial is to do."""
+        self.send(done)
+        verdict = self.receive()
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"expected a verdict, got {verdict}")
+        return verdict
+
+
+def serve(line: Line) -> Never:
+    """Answer the coordinator's requests, one after the other, for ever."""
+    setup = line.receive()
+    if not isinstance(setup, Setup):
+        raise TypeError(f"expected the setup, got {setup}")
+    spec = StudySpec.model_validate_json(setup.spec)
+    # The mistakes in the data show before torch, which takes seconds to load.
+    from tuner.service.study_data import read_study_data
+
+    data = read_study_data(spec)
+    from tuner.service.describing import describe_study
+    from tuner.service.training_session import TrainingSession, list_cuda_devices
+
+    session = TrainingSession(spec, data, device=setup.device, n_threads=setup.n_threads, note=line.note)
+    line.send(Hello(cuda_devices=list_cuda_devices()))
+    while True:
+        match line.receive():
+            case Describe(timed=timed):
+                line.send(describe_study(spec, data, timed=timed))
+            case Prepare() as request:
+                session.check_data(request.data_hash)
+                session.prepare(request.backbone)
+                line.send(Prepared(backbone=request.backbone))
+            case Train() as request:
+                session.check_data(request.data_hash)
+                line.send(session.train(request.number, request.params, line.ask_verdict))
+            case unexpected:
+                raise TypeError(f"unexpected request: {unexpected}")
+
+
+def main() -> Never:
+    """Run a worker on the socket whose descriptor is the first argument."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
+    sys.path.append(str(Path.cwd()))  # a user's own backbone; last, so that it shadows nothing
+    line = Line(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        serve(line)
+    except TunerError as error:
+        line.send(Refused(error=type(error).__name__, message=str(error)))
+    except Exception:  # noqa: BLE001 - whatever it is, the coordinator must hear of it
+        line.send(Crashed(traceback=traceback.format_exc()))
+    # Not sys.exit: threads of torch may hold that up. The coordinator reads the reply before it sees the end.
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Train one trial: torch, never Optuna."""

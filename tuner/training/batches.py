@@ -1,0 +1,86 @@
+"""Batches: which images, in which order, and how their pixels become a backbone's input."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tuner.data.image_set import ImageSet
+from tuner.models.backbone import Preprocessing
+from tuner.training.device import autocast, memory_format
+
+_MIN_EVAL_BATCH = 64  # without gradients a larger batch than the trial's costs little memory
+
+
+def count_batches(n_images: int, batch_size: int) -> int:
+    """Return the number of batches of an epoch.
+
+    The last one may be smaller. It is left out if it would hold a single image besides other batches: BatchNorm cannot
+    train on one value per channel (torch raises), and which image is left out changes with every permutation.
+    """
+    n_full, n_rest = divmod(n_images, batch_size)
+    return n_full if n_rest == 0 or (n_rest == 1 and n_full > 0) else n_full + 1
+
+
+def shuffle_batches(images: ImageSet, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Return the rows of each batch of an epoch, in an order drawn from the CPU generator, where the images are."""
+    n_images = len(images.labels)
+    rows = torch.randperm(n_images, generator=generator).to(images.labels.device)
+    return torch.split(rows, batch_size)[: count_batches(n_images, batch_size)]
+
+
+def take_batch(images: ImageSet, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return some images and their labels on the device.
+
+    Args:
+        images: On the device, or on the host.
+        rows: Which ones, int64, shape ``(n,)``, where the images are.
+        device: Where the batch is needed.
+
+    Returns:
+        Pixels in [0, 1], float32, shape ``(n, 3, height, width)``, and labels, int64, shape ``(n,)``.
+    """
+    pixels = _gather(images.pixels, rows, device)
+    return pixels.to(torch.float32).div_(255), _gather(images.labels, rows, device)
+
+
+def _gather(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    if values.device.type == device.type:
+        return values[rows]
+    # From the host to CUDA: gathered into pinned memory, so that the copy overlaps with computing. The bytes travel as
+    # uint8; torch's pinned allocator keeps the buffer until the copy is done.
+    pinned = torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype, pin_memory=True)
+    torch.index_select(values, 0, rows, out=pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+def build_normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function from pixels in [0, 1] to a backbone's input, in the device's memory format."""
+    mean = torch.tensor(preprocessing.mean, device=device).reshape(1, -1, 1, 1)
+    std = torch.tensor(preprocessing.std, device=device).reshape(1, -1, 1, 1)
+    return lambda pixels: ((pixels - mean) / std).contiguous(memory_format=memory_format(device))
+
+
+def predict_logits(
+    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, batch_size: int = 1
+) -> Tensor:
+    """Run a model over images as they are, and leave it in eval mode.
+
+    Args:
+        model: On the device.
+        images: One at least, in their order; their labels are not used.
+        preprocessing: The backbone's.
+        device: Where the model is.
+        batch_size: The trial's; at least 64 images are taken at once.
+
+    Returns:
+        Float32, shape ``(n_images, n_classes)``, on the device.
+    """
+    model.eval()
+    normalise = build_normaliser(preprocessing, device)
+    rows = torch.arange(len(images.labels), device=images.labels.device)
+    batches = torch.split(rows, max(batch_size, _MIN_EVAL_BATCH))
+    # Not inference_mode: a backbone may keep a tensor that it computed in eval mode, and a later backward pass would
+    # refuse an inference tensor.
+    with torch.no_grad(), autocast(device):
+        return torch.cat([model(normalise(take_batch(images, chosen, device)[0])).float() for chosen in batches])

@@ -1,0 +1,59 @@
+"""What depends on the device: its name, its number formats, its seeds, and how it says that memory is out."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from tuner.errors import DeviceError
+
+_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+
+
+def as_device(text: str) -> torch.device:
+    """Return the device of a name such as ``cpu`` or ``cuda:1``; ``cuda`` is ``cuda:0``.
+
+    Raises:
+        DeviceError: If there is no such device here. Nothing falls back to the CPU.
+    """
+    kind, _, number = text.partition(":")
+    if text == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda" or not (number or "0").isdecimal() or text.endswith(":"):
+        raise DeviceError(f"device: must be cpu, cuda or cuda:<number>, got {text!r}")
+    n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_devices == 0:
+        raise DeviceError(f"device: must exist, got {text!r}; torch sees no CUDA device here, use 'cpu'")
+    if int(number or 0) >= n_devices:
+        raise DeviceError(f"device: must lie in cuda:0 to cuda:{n_devices - 1}, got {text!r}")
+    return torch.device("cuda", int(number or 0))
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward pass: bfloat16 on CUDA, which needs no loss scaling; plain float32 on CPU."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return how images and convolutions lie in memory: tensor cores want the channels last."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's global generators, which dropout, drop-path and the models' initialisation draw from.
+
+    Args:
+        seed: In ``[0, 2**63)``.
+    """
+    torch.manual_seed(seed)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the machine has no memory left.
+
+    On the CPU torch raises a plain RuntimeError, so that only its text tells (c10/core/impl/alloc_cpu.cpp:
+    ``DefaultCPUAllocator: can't allocate memory`` on Linux, ``not enough memory`` elsewhere).
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY_WORDS)

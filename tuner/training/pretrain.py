@@ -1,0 +1,207 @@
+"""Pretrain a backbone on the study's source data set, once for all trials and later studies."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from tuner.data.image_set import ImageSet, load_image_set, move_to
+from tuner.data.index import ImageIndex, Split
+from tuner.data.sources import read_index
+from tuner.data.splits import cut_splits, hash_data
+from tuner.errors import ModelError
+from tuner.models.backbone import Preprocessing, create_backbone, read_preprocessing
+from tuner.models.layers import group_layers
+from tuner.models.weights import find_weights, load_weights
+from tuner.paths import cache_root, replacing
+from tuner.spec.sections import BackboneSection, PretrainingSection, StudySpec
+from tuner.spec.space import PARAMETERS
+from tuner.training.device import seed_everything
+from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.prepare import strip_head
+from tuner.trial import EpochResult, TrialParams
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What the pretraining of one backbone depends on."""
+
+    name: str
+    section: BackboneSection
+    pretraining: PretrainingSection
+    horizontal_flip: bool
+    seed: int
+    preprocessing: Preprocessing
+    index: ImageIndex
+    splits: NDArray[np.int8]
+
+
+def pretrain_backbone(
+    name: str, spec: StudySpec, device: torch.device, on_epoch: Callable[[EpochResult], None] | None = None
+) -> Path:
+    """Train a whole backbone on ``[pretraining]``'s data, unless a file in the cache holds just that already.
+
+    It starts from the weights of its ``[backbones]`` section, or from random ones if the section names none.
+
+    Args:
+        name: The backbone.
+        spec: Has a pretraining section.
+        device: Where to train.
+        on_epoch: Told every epoch; never called if nothing is trained.
+
+    Returns:
+        A safetensors file of the model without its head. A JSON file of the same name beside it holds what it was
+        made from, and its epochs.
+
+    Raises:
+        ValueError: If the spec has no pretraining section.
+        DataError: If the source data set cannot be used.
+        ModelError: If the backbone or its weights cannot be used, or the training diverges.
+    """
+    plan = _make_plan(name, spec)
+    facts = _list_facts(plan)
+    path = _place(facts)
+    if _is_readable(path):
+        return path
+    model = _start_model(plan)
+    epochs = _train_model(plan, model, device, on_epoch)
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps({"facts": facts, "epochs": epochs}, indent=1), encoding="utf-8")
+    with replacing(path) as temporary:
+        save_file(strip_head(model), temporary)
+    return path
+
+
+def find_pretrained(name: str, spec: StudySpec) -> tuple[Path, bool]:
+    """Return the file that ``pretrain_backbone`` would return, and whether it is there already.
+
+    Raises:
+        DataError: If the source data set cannot be used.
+        ModelError: If the backbone cannot be used.
+    """
+    path = _place(_list_facts(_make_plan(name, spec)))
+    return path, _is_readable(path)
+
+
+def _place(facts: dict[str, Any]) -> Path:
+    """Return the file for pretrained weights, named by all that decides them."""
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return cache_root() / "pretrained" / f"{key}.safetensors"
+
+
+def _make_plan(name: str, spec: StudySpec) -> _Plan:
+    if spec.pretraining is None:
+        raise ValueError("spec.pretraining: must be given, got None")
+    section = spec.backbones.get(name, BackboneSection())
+    section = section.model_copy(update={"weights": section.weights or "random", "keep_head": False})
+    index = read_index(spec.pretraining.data)
+    return _Plan(
+        name=name,
+        section=section,
+        pretraining=spec.pretraining,
+        horizontal_flip=spec.training.horizontal_flip,
+        seed=spec.study.seed,
+        preprocessing=read_preprocessing(name, section),
+        index=index,
+        splits=cut_splits(index, spec.pretraining.data, spec.study.seed),
+    )
+
+
+def _list_facts(plan: _Plan) -> dict[str, Any]:
+    """Return everything that decides the pretrained weights, by content and not by path."""
+    pretraining = plan.pretraining.model_dump(mode="json")
+    for irrelevant in ("path", "max_bad_fraction"):
+        del pretraining["data"][irrelevant]
+    return {
+        "format": _FORMAT,
+        "backbone": plan.name,
+        "kwargs": json.loads(json.dumps(plan.section.kwargs, default=str)),
+        "preprocessing": asdict(plan.preprocessing),
+        "weights": find_weights(plan.name, plan.section).fingerprint,
+        "data": hash_data(plan.index, plan.splits),
+        "pretraining": pretraining,
+        "horizontal_flip": plan.horizontal_flip,
+        "seed": plan.seed,
+        "torch": _minor_version(torch.__version__),
+        "timm": _minor_version(timm.__version__),
+    }
+
+
+def _minor_version(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the file holds whole safetensors; its header says how long it must be."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _start_model(plan: _Plan) -> nn.Module:
+    seed_everything(plan.seed)
+    image_size = plan.pretraining.data.image_size
+    model = create_backbone(plan.name, plan.section, n_classes=len(plan.index.classes), image_size=image_size)
+    load_weights(model, plan.name, plan.section)
+    return model
+
+
+def _train_model(
+    plan: _Plan, model: nn.Module, device: torch.device, on_epoch: Callable[[EpochResult], None] | None
+) -> list[dict[str, Any]]:
+    """Train the model in place; return its epochs as JSON."""
+    job = TrainingJob(
+        model=model,
+        params=_choose_params(plan, n_groups=len(group_layers(model))),
+        train=_load_images(plan, Split.TRAIN, device),
+        val=_load_images(plan, Split.VAL, device),
+        preprocessing=plan.preprocessing,
+        device=device,
+    )
+    epochs = []
+    try:
+        for result, _ in train_epochs(job):
+            epochs.append(asdict(result))
+            if on_epoch is not None:
+                on_epoch(result)
+    except Diverged as error:
+        lr = plan.pretraining.lr
+        raise ModelError(f"pretraining.lr: must let {plan.name} converge, got {lr:g}; {error}") from error
+    return epochs
+
+
+def _choose_params(plan: _Plan, *, n_groups: int) -> TrialParams:
+    """Return the recipe: the section's values, every layer group, and the defaults of the other params."""
+    defaults = {name: parameter.default for name, parameter in PARAMETERS.items()}
+    chosen = {
+        "backbone": plan.name,
+        "lr": plan.pretraining.lr,
+        "batch_size": plan.pretraining.batch_size,
+        "augmentation_strength": plan.pretraining.augmentation_strength,
+        "unfrozen_layers": n_groups,
+        "optimizer": "adamw",
+        "epochs": plan.pretraining.epochs,
+        "horizontal_flip": plan.horizontal_flip,
+        "class_weights": "none",
+        "seed": plan.seed,
+    }
+    return TrialParams.from_json(defaults | chosen)
+
+
+def _load_images(plan: _Plan, split: Split, device: torch.device) -> ImageSet:
+    data, interpolation = plan.pretraining.data, plan.preprocessing.interpolation
+    return move_to(load_image_set(plan.index, plan.splits, data, (split,), interpolation=interpolation), device)
