@@ -46,7 +46,7 @@ def check(study_file: Path, as_json: bool) -> None:
     from tuner.spec.study import load_spec
 
     plan = make_plan(load_spec(study_file))
-    click.echo(json.dumps(plan, indent=2) if as_json else describe_plan(plan))
+    click.echo(json.dumps(plan.to_json(), indent=2) if as_json else describe_plan(plan))
 
 
 @click.command()
@@ -57,7 +57,7 @@ def check(study_file: Path, as_json: bool) -> None:
 @storage_option
 @click.option("--quiet", is_flag=True, help="Print the result only.")
 @json_option
-def run(
+def run(  # noqa: PLR0917 - click passes each option
     study_file: Path,
     trials: int | None,
     timeout: str | None,

@@ -24,9 +24,7 @@ def train(study: str, out: Path, device: str, allow_code: bool, storage: str | N
     """
     from tuner.production.retrain import describe_result, train_best
 
-    result = train_best(
-        study, out, storage=storage, device=device, allow_code=allow_code, announce=lambda text: click.echo(text)
-    )
+    result = train_best(study, out, storage=storage, device=device, allow_code=allow_code, announce=click.echo)
     click.echo(describe_result(result))
 
 

@@ -18,8 +18,9 @@ from tuner.models.backbone import find_classifiers, find_own_function, first_lin
 from tuner.models.hub import find_address, find_pretrained_cfg, load_timm_state, reject_head
 from tuner.spec.sections import BackboneSection
 
-_TORCH_ENDINGS = (".pth", ".pt", ".bin")
-_ENDINGS = (".safetensors", *_TORCH_ENDINGS)
+Kind = Literal["file", "timm", "random", "own"]
+
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which training scripts keep the weights, in timm's order (``timm.models.load_state_dict``)."""
 
@@ -28,7 +29,7 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 class WeightsInfo:
     """Where a backbone's weights come from."""
 
-    kind: Literal["file", "timm", "random", "own"]
+    kind: Kind
     """``own``: a function of the user's, which may load its own."""
     detail: str
     """For a person: the file, the address on the hub, or the function."""
@@ -42,19 +43,30 @@ def find_weights(name: str, section: BackboneSection) -> WeightsInfo:
     Raises:
         ModelError: If the file does not exist, or timm has no pretrained weights for the backbone.
     """
+    match kind := _choose_kind(name, section):
+        case "file":
+            path = _find_file(name, section)
+            with path.open("rb") as file:
+                return WeightsInfo(
+                    kind=kind, detail=str(path), fingerprint=hashlib.file_digest(file, "sha256").hexdigest()
+                )
+        case "timm":
+            cfg = find_pretrained_cfg(name)
+            return WeightsInfo(kind=kind, detail=find_address(cfg), fingerprint=f"timm:{cfg.architecture}.{cfg.tag}")
+        case "own":
+            return WeightsInfo(kind=kind, detail=name, fingerprint=_hash_function(name))
+        case "random":
+            return WeightsInfo(kind=kind, detail="random", fingerprint="random")
+
+
+def _choose_kind(name: str, section: BackboneSection) -> Kind:
     if section.weights not in {None, "random"}:
-        path = _find_file(name, section)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return WeightsInfo(kind="file", detail=str(path), fingerprint=digest)
+        return "file"
     if section.weights is None and ":" not in name:
-        cfg = find_pretrained_cfg(name)
-        return WeightsInfo(kind="timm", detail=find_address(cfg), fingerprint=f"timm:{cfg.architecture}.{cfg.tag}")
+        return "timm"
     if section.keep_head:
         raise ModelError(f'backbones."{name}".keep_head: must be false without pretrained weights, got true')
-    if is_own(name):
-        return WeightsInfo(kind="own", detail=name, fingerprint=_hash_function(name))
-    return WeightsInfo(kind="random", detail="random", fingerprint="random")
+    return "own" if is_own(name) else "random"
 
 
 def _find_file(name: str, section: BackboneSection) -> Path:
@@ -89,7 +101,7 @@ def load_weights(model: nn.Module, name: str, section: BackboneSection) -> None:
         ModelError: If the weights cannot be had, or do not fit; the tensors at fault are named.
     """
     where = f'backbones."{name}"'
-    match find_weights(name, section).kind:
+    match _choose_kind(name, section):
         case "file":
             state = load_state_file(_find_file(name, section), where=f"{where}.weights")
         case "timm":
@@ -117,9 +129,7 @@ def load_state_file(path: Path, *, where: str | None = None) -> dict[str, Tensor
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = (
-            f"must hold nothing but tensors, got '{path}', which holds other objects that could run code or is broken"
-        )
+        what = f"must hold nothing but tensors, got '{path}', which is broken or holds objects that could run code"
         raise ModelError(f"{where}: {what}; save its state_dict() as .safetensors") from error
     except Exception as error:  # a broken file can raise anything
         raise ModelError(f"{where}: must be a readable weights file, got '{path}' ({first_line(error)})") from error
@@ -168,7 +178,7 @@ def _copy_state(model: nn.Module, state: dict[str, Tensor], *, where: str, head_
         raise ModelError(f"{where}: {_describe_misfits(misfits, body, state)}")
     wanted = own if keep_head else body
     if keep_head:
-        _check_head({name: own[name] for name in own.keys() - body.keys()}, state, head_where)
+        _check_head({name: tensor for name, tensor in own.items() if name not in body}, state, head_where)
     model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)
 
 

@@ -205,6 +205,11 @@ class StudySummary:
     """Trials that the study is to have; None for another program's study."""
     best_value: float | None
 
+    @property
+    def n_finished(self) -> int:
+        """Trials that count: COMPLETE and PRUNED."""
+        return self.counts["COMPLETE"] + self.counts["PRUNED"]
+
 
 def list_studies(storage: RDBStorage) -> list[StudySummary]:
     """Return a summary of every study in a storage, by name."""

@@ -99,7 +99,7 @@ def describe_status(status: StudyStatus) -> str:
         return "\n".join([*lines, "best: none yet"])
     lines.append(f"best: trial {status.best.number}, {status.objective} {status.best.value:.4f}")
     recipe = status.best.recipe
-    lines += [f"  {name} = {recipe[name] if name in recipe else value}" for name, value in status.best.params.items()]
+    lines += [f"  {name} = {recipe.get(name, value)}" for name, value in status.best.params.items()]
     if status.model_folder:
         lines.append(f"its model: {status.model_folder}")
     return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""What a study would do: ``tuner check``."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tuner.service.messages import Description
+from tuner.service.pool import Pool
+from tuner.service.progress import format_seconds
+from tuner.service.scouting import scout_study
+from tuner.service.slots import Slot
+from tuner.spec.sections import StudySpec
+from tuner.spec.space import describe
+
+_GIGABYTE = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study on this machine, before it runs."""
+
+    name: str
+    n_trials: int
+    epochs: int
+    sampler: str
+    pruner: str
+    space: dict[str, str]
+    classes: tuple[str, ...]
+    split_counts: dict[str, int]
+    group_counts: dict[str, int]
+    n_params: dict[str, int]
+    weights: dict[str, str]
+    devices: tuple[str, ...]
+    """One for each worker."""
+    store_bytes: int
+    free_bytes: int
+    estimated_seconds: float | None
+    """Of all trials without pruning, with every layer trained; None on CUDA, which is not timed."""
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as a JSON object."""
+        return asdict(self)
+
+
+def make_plan(spec: StudySpec, *, n_workers: int | None = None) -> Plan:
+    """Look at the data, the backbones and the devices, and say what a run would do. Nothing is stored.
+
+    Raises:
+        TunerError: If a run would be refused.
+    """
+    with Pool() as pool:
+        scouted = scout_study(pool, spec, n_workers=n_workers, timed=True, starts_workers=False)
+    assert scouted is not None  # noqa: S101 - nothing asked it to stop
+    description = scouted.description
+    return Plan(
+        name=spec.study.name,
+        n_trials=spec.search.n_trials,
+        epochs=spec.training.epochs,
+        sampler=spec.search.sampler,
+        pruner=spec.search.pruner,
+        space={name: describe(distribution) for name, distribution in spec.space.items()},
+        classes=description.classes,
+        split_counts=description.split_counts,
+        group_counts=description.group_counts,
+        n_params=description.n_params,
+        weights=description.weights,
+        devices=tuple(slot.device for slot in scouted.slots),
+        store_bytes=description.store_bytes,
+        free_bytes=description.free_bytes,
+        estimated_seconds=_estimate_seconds(spec, description, scouted.slots),
+        notes=description.notes,
+    )
+
+
+def _estimate_seconds(spec: StudySpec, description: Description, slots: tuple[Slot, ...]) -> float | None:
+    """Return an upper bound: all trials, all epochs, all layers, each backbone equally often."""
+    timed = description.seconds_per_image.values()
+    if not timed or slots[0].device != "cpu":
+        return None
+    n_images = spec.search.n_trials * spec.training.epochs * description.split_counts["train"]
+    return n_images * sum(timed) / len(timed) / len(slots)
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return a plan for a person."""
+    splits = ", ".join(f"{count} {split}" for split, count in plan.split_counts.items())
+    lines = [
+        f"study {plan.name}: {plan.n_trials} trials of {plan.epochs} epochs, {plan.sampler} sampler, {plan.pruner} pruner",
+        f"images: {sum(plan.split_counts.values())} in {len(plan.classes)} classes ({splits})",
+        "space:",
+        *(f"  {name}: {text}" for name, text in plan.space.items()),
+        "backbones:",
+        *(
+            f"  {name}: {plan.group_counts[name]} layer groups, {plan.n_params[name] / 1e6:.1f} M weights, "
+            f"starts from {plan.weights[name]}"
+            for name in plan.group_counts
+        ),
+        f"workers: {len(plan.devices)} ({', '.join(plan.devices)})",
+        f"disk: {plan.store_bytes / _GIGABYTE:.2f} GB of decoded images, {plan.free_bytes / _GIGABYTE:.1f} GB free",
+        f"time: {_describe_time(plan)}",
+        *plan.notes,
+    ]
+    return "\n".join(lines)
+
+
+def _describe_time(plan: Plan) -> str:
+    if plan.estimated_seconds is None:
+        return "not estimated on CUDA"
+    return f"at most about {format_seconds(plan.estimated_seconds)} (nothing pruned, every layer trained)"
