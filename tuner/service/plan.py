@@ -85,7 +85,7 @@ def describe_plan(plan: Plan) -> str:
     """Return a plan for a person."""
     splits = ", ".join(f"{count} {split}" for split, count in plan.split_counts.items())
     lines = [
-        f"study {plan.name}: {plan.n_trials} trials of {plan.epochs} epochs, {plan.sampler} sampler, {plan.pruner} pruner",
+        f"study {plan.name}: {plan.n_trials} trials of {plan.epochs} epochs; {plan.sampler} and {plan.pruner} pruner",
         f"images: {sum(plan.split_counts.values())} in {len(plan.classes)} classes ({splits})",
         "space:",
         *(f"  {name}: {text}" for name, text in plan.space.items()),
