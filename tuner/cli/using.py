@@ -22,7 +22,8 @@ def train(study: str, out: Path, device: str, allow_code: bool, storage: str | N
     Example:
       tuner train digits --out model/
     """
-    from tuner.production.retrain import describe_result, train_best
+    from tuner.production.retrain import train_best
+    from tuner.production.train_result import describe_result
 
     result = train_best(study, out, storage=storage, device=device, allow_code=allow_code, announce=click.echo)
     click.echo(describe_result(result))

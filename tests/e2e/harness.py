@@ -1,0 +1,199 @@
+"""Start the ``tuner`` command as a user does, kill it, and read what it left."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_OWN_BACKBONES = """
+import time
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, trouble=None):
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, num_classes)
+        self.trouble = trouble
+
+    def forward(self, images):
+        if self.trouble and images.shape[0] > 8:
+            self.trouble()
+        return self.fc(self.body(images).mean((2, 3)))
+
+
+def breaks():
+    raise ValueError("the user's own bug")
+
+
+def fills_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+
+def good(num_classes):
+    return Net(num_classes)
+
+
+def slow(num_classes, seconds=0.02):
+    return Net(num_classes, lambda: time.sleep(seconds))
+
+
+def raising(num_classes):
+    return Net(num_classes, breaks)
+
+
+def hungry(num_classes):
+    return Net(num_classes, fills_memory)
+"""
+
+_DIGITS_STUDY = """
+[study]
+name = "{name}"
+seed = {seed}
+[data]
+source = "digits"
+classes = ["7", "8", "9"]
+image_size = 16
+test_fraction = 0.2
+[space]
+backbone = {{ choices = {backbones} }}
+lr = {{ low = 1e-4, high = 1e-2, log = true }}
+augmentation_strength = {{ low = 0.0, high = 1.0 }}
+[training]
+batch_size = 64
+epochs = {epochs}
+horizontal_flip = false
+[search]
+sampler = "{sampler}"
+pruner = "{pruner}"
+n_trials = {n_trials}
+[workers]
+devices = "cpu"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A folder with a study file, a database and a cache of its own."""
+
+    folder: Path
+    study_file: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of every command; its cache folder marks our processes."""
+        return {**os.environ, "TUNER_CACHE_DIR": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a ``tuner`` command."""
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "tuner", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def call(self, *arguments: str, timeout: float = 240) -> tuple[int, str]:
+        """Run a ``tuner`` command; return its exit code and all that it printed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Run ``tuner run`` with two workers."""
+        return self.call("run", str(self.study_file), "--workers", "2", *arguments)
+
+    def start_run(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start ``tuner run`` with two workers."""
+        return self.start("run", str(self.study_file), "--workers", "2", *arguments)
+
+    def count_trials(self, *states: str) -> int:
+        """Return how many trials are in some states, read by SQL while others write."""
+        database = self.folder / "studies.db"
+        if not database.exists():
+            return 0
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)
+        try:
+            rows = connection.execute("SELECT state FROM trials").fetchall()
+            return sum(state in states for (state,) in rows)
+        except sqlite3.OperationalError:  # the schema is being made
+            return 0
+        finally:
+            connection.close()
+
+    def list_workers(self) -> list[int]:
+        """Return the pids of this place's living workers."""
+        mark = f"TUNER_CACHE_DIR={self.folder / 'cache'}".encode()
+        return [
+            pid
+            for pid in _list_pids()
+            if b"tuner.service.worker" in _read(pid, "cmdline") and mark in _read(pid, "environ")
+        ]
+
+
+def make_place(
+    folder: Path,
+    *,
+    name: str = "digits",
+    seed: int = 0,
+    backbones: tuple[str, ...] = ("own:good",),
+    epochs: int = 3,
+    n_trials: int = 6,
+    sampler: str = "random",
+    pruner: str = "median",
+) -> Place:
+    """Write a small study of three digits, over backbones of the user's own, into a folder."""
+    (folder / "own.py").write_text(_OWN_BACKBONES)
+    study_file = folder / f"{name}.toml"
+    study_file.write_text(
+        _DIGITS_STUDY.format(
+            name=name,
+            seed=seed,
+            backbones=list(backbones),
+            epochs=epochs,
+            n_trials=n_trials,
+            sampler=sampler,
+            pruner=pruner,
+        )
+    )
+    return Place(folder=folder, study_file=study_file)
+
+
+def wait_until(is_true: Callable[[], bool], *, timeout: float = 90) -> None:
+    """Wait for something to become true.
+
+    Raises:
+        TimeoutError: If it does not.
+    """
+    deadline = time.monotonic() + timeout
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not become true in time")
+        time.sleep(0.05)
+
+
+def kill(pid: int) -> None:
+    """Kill a process as the kernel's out-of-memory killer does."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def _list_pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes().replace(b"\0", b" ")
+    except OSError:
+        return b""

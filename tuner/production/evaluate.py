@@ -1,0 +1,82 @@
+"""What a model is worth on images that it has never seen."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from tuner.data.image_set import ImageSet
+from tuner.models.backbone import Preprocessing
+from tuner.training.batches import predict_logits
+from tuner.training.metrics import Scores, score_logits
+
+_Z_95 = 1.959963984540054
+"""Standard normal quantile at 0.975."""
+
+
+def evaluate_model(
+    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, batch_size: int
+) -> Scores:
+    """Return what a model's predictions on images are worth.
+
+    Args:
+        model: On the device; it is left in eval mode.
+        images: At least one.
+        preprocessing: The backbone's.
+        device: Where the model is.
+        batch_size: Images taken at once, at least.
+    """
+    logits = predict_logits(model, images, preprocessing, device, batch_size=batch_size)
+    return score_logits(logits, images.labels.to(device))
+
+
+def count_images(scores: Scores) -> int:
+    """Return how many images were scored."""
+    return sum(map(sum, scores.report.confusion_matrix))
+
+
+def accuracy_interval(scores: Scores) -> tuple[float, float]:
+    """Return the 95 % interval of the accuracy on images like these."""
+    confusion = scores.report.confusion_matrix
+    return wilson_interval(sum(row[label] for label, row in enumerate(confusion)), count_images(scores))
+
+
+def wilson_interval(n_hits: int, n_images: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval of a share (Wilson 1927); it stays in [0, 1] and is honest for small counts.
+
+    Args:
+        n_hits: In ``[0, n_images]``.
+        n_images: At least 1.
+    """
+    share, z2 = n_hits / n_images, _Z_95**2
+    centre = (share + z2 / (2 * n_images)) / (1 + z2 / n_images)
+    half = _Z_95 / (1 + z2 / n_images) * math.sqrt(share * (1 - share) / n_images + z2 / (4 * n_images**2))
+    # Rounding may leave a share of 0 or 1 just outside its own interval.
+    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
+
+
+def describe_scores(scores: Scores, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return scores as a JSON object, with the classes' names beside their numbers.
+
+    Args:
+        scores: Of a model with these classes.
+        classes: In the order of the model's outputs.
+    """
+    report = scores.report
+    rows = zip(classes, report.precision, report.recall, report.f1, report.confusion_matrix, strict=True)
+    return {
+        "n_images": count_images(scores),
+        "loss": scores.loss if math.isfinite(scores.loss) else None,  # JSON knows no infinity
+        "accuracy": scores.accuracy,
+        "accuracy_interval_95": list(accuracy_interval(scores)),
+        "balanced_accuracy": scores.balanced_accuracy,
+        "macro_precision": scores.macro_precision,
+        "macro_recall": scores.macro_recall,
+        "macro_f1": scores.macro_f1,
+        "classes": [
+            {"name": name, "precision": precision, "recall": recall, "f1": f1, "support": sum(row)}
+            for name, precision, recall, f1, row in rows
+        ],
+        "confusion_matrix": [list(row) for row in report.confusion_matrix],
+    }

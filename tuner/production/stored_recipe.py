@@ -1,0 +1,127 @@
+"""What retraining starts from: the best trial's recipe, and the study's images and weights, still the same ones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tuner.data.splits import unpack_splits
+from tuner.errors import DataError, ModelError
+from tuner.models.backbone import Preprocessing, is_own, read_preprocessing
+from tuner.models.weights import find_weights
+from tuner.production.best import best_params
+from tuner.production.machine import find_own_code
+from tuner.production.reading import open_stored
+from tuner.search.studies import StudyFacts
+from tuner.service.study_data import StudyData, read_study_data
+from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.training.pretrain import find_pretrained
+from tuner.trial import TrialParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRecipe:
+    """The best trial of a stored study, with the study around it."""
+
+    study: str
+    storage: str
+    """URL."""
+    spec: StudySpec
+    facts: StudyFacts
+    tables: dict[str, Any]
+    """What ``best_params`` returned."""
+
+    @property
+    def number(self) -> int:
+        """The trial's number."""
+        return int(self.tables["trial"]["number"])
+
+    @property
+    def value(self) -> float:
+        """The trial's value in the search."""
+        return float(self.tables["trial"]["value"])
+
+    @property
+    def params(self) -> TrialParams:
+        """The trial's resolved recipe."""
+        return TrialParams.from_json(self.tables["params"])
+
+    @property
+    def section(self) -> BackboneSection:
+        """How its backbone is made."""
+        return self.spec.backbones.get(self.params.backbone, BackboneSection())
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How its images are prepared."""
+        return read_preprocessing(self.params.backbone, self.section)
+
+
+def read_recipe(study: str, storage: str | None) -> StoredRecipe:
+    """Read the best recipe of a study.
+
+    Raises:
+        ExportError: If no trial completed.
+        StudyError, StorageError: If there is no such study.
+    """
+    tables = best_params(study, storage=storage)
+    with open_stored(study, storage) as (stored, url):
+        return StoredRecipe(study=study, storage=url, spec=stored.spec, facts=stored.facts, tables=tables)
+
+
+def permit_code(recipe: StoredRecipe, *, allow_code: bool) -> None:
+    """Refuse a backbone that is a user's function, unless it is allowed: a stored study alone imports nothing.
+
+    Raises:
+        ModelError: If it is not allowed.
+    """
+    if not is_own(recipe.params.backbone):
+        return
+    if not allow_code:
+        raise ModelError(
+            f"study {recipe.study!r}: must have a backbone of timm or tuner, got the function "
+            f"{recipe.params.backbone!r}; allow code (--allow-code) only if you trust the study and that function"
+        )
+    find_own_code()
+
+
+def read_data(recipe: StoredRecipe) -> StudyData:
+    """Look at the study's images again.
+
+    Raises:
+        DataError: If they cannot be used, or are not those that the study was made with.
+    """
+    data, facts = read_study_data(recipe.spec), recipe.facts
+    if data.hash != facts.data_hash or not np.array_equal(unpack_splits(facts.splits), data.splits):
+        n_then = sum(facts.split_counts.values())
+        raise DataError(
+            f"data: must be the images of the study, got other images, labels or splits ({n_then} images of "
+            f"{len(facts.classes)} classes then, {len(data.splits)} of {len(data.index.classes)} now); "
+            f"restore them, or search again under another study.name"
+        )
+    return data
+
+
+def compare_weights(recipe: StoredRecipe) -> str:
+    """Check that the recipe starts from the weights that the search started from. Nothing is downloaded.
+
+    Returns:
+        A note for the user if the backbone will be pretrained otherwise than in the search, else nothing.
+
+    Raises:
+        DataError: If the source data set of pretraining cannot be used.
+        ModelError: If the weights cannot be had, or are others.
+    """
+    backbone = recipe.params.backbone
+    then = recipe.facts.weights[backbone]
+    if recipe.spec.pretraining is not None:
+        # The name of the file stands for all that decides its content, versions of torch and timm included.
+        is_same = find_pretrained(backbone, recipe.spec)[0].stem == then
+        return "" if is_same else f"pretraining of {backbone}: other data or versions than in the search, made anew"
+    info = find_weights(backbone, recipe.section)
+    if info.fingerprint != then:
+        raise ModelError(
+            f'backbones."{backbone}".weights: must be the weights of the study, got others in {info.detail}; '
+            f"restore them"
+        )
+    return ""
