@@ -24,14 +24,14 @@ from tuner.spec.study import parse_spec
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState
 
 EPOCHS = 6
-N_TRIALS = 22
+N_TRIALS = 16
 GROUP_COUNTS = {"test_resnet": 6, "test_vit": 4}
 SPACE: dict[str, Any] = {
     "backbone": {"choices": ["test_resnet", "test_vit"]},
     "lr": {"low": 1e-5, "high": 1e-1, "log": True},
     "batch_size": {"choices": [16, 32, 64]},
     "unfrozen_layers": {"low": 1, "high": "all"},
-    "augmentation_strength": {"low": 0.0, "high": 1.0, "step": 0.25},
+    "augmentation_strength": {"low": 0.0, "high": 1.0, "step": 0.5},
 }
 FINITE_SPACE = {name: table for name, table in SPACE.items() if name not in {"lr", "batch_size"}}
 FACTS = StudyFacts(
@@ -161,7 +161,7 @@ def is_in_range(point: dict[str, Any]) -> bool:
     return (
         point["backbone"] in GROUP_COUNTS
         and 1 <= point["unfrozen_layers"] <= 4
-        and point["augmentation_strength"] in {0.0, 0.25, 0.5, 0.75, 1.0}
+        and point["augmentation_strength"] in {0.0, 0.5, 1.0}
         and 1e-5 <= point.get("lr", 1e-3) <= 1e-1
         and point.get("batch_size", 16) in {16, 32, 64}
     )
@@ -177,8 +177,8 @@ def test_pairs_cover_every_sampler_and_pruner() -> None:
 def test_search_reaches_the_exact_count_over_kills(tmp_path: Path, sampler: str, pruner: str) -> None:
     """Killed twice with trials running, lost a worker, met a diverging point: the count is exact, no point repeats."""
     spec = make_spec(sampler, pruner)
-    outcomes = {2: LOST, 5: DIVERGED}
-    for n_wanted in (8, 15, N_TRIALS):
+    outcomes = {2: LOST, 4: DIVERGED}
+    for n_wanted in (6, 11, N_TRIALS):
         with open_book(tmp_path, spec) as book:
             book.prepare()
             drive(book, n_wanted, outcomes=outcomes)
@@ -191,7 +191,7 @@ def test_search_reaches_the_exact_count_over_kills(tmp_path: Path, sampler: str,
     assert len(set(points)) == N_TRIALS
     assert all(is_in_range(trial.params) for trial in trials)
     assert not [trial.number for trial in trials if trial.state == OptunaState.RUNNING]
-    # each lost or killed trial was tried again as another one: once for the worker, twice two for the kills
+    # one of a lost worker, and two of each kill, were tried again as another trial
     assert len([trial for trial in trials if "retry_of" in trial.user_attrs]) == 5
     assert len(trials) == N_TRIALS + 5
 
@@ -199,13 +199,13 @@ def test_search_reaches_the_exact_count_over_kills(tmp_path: Path, sampler: str,
 @pytest.mark.parametrize("sampler", ["random", "tpe", "qmc"])
 def test_search_repeats_no_point_when_started_again_and_again(tmp_path: Path, sampler: str) -> None:
     """A run per trial gives as many points as one long run: a sampler's seed moves on with the study."""
-    for n_wanted in range(1, 13):
+    for n_wanted in range(1, 11):
         with open_book(tmp_path, make_spec(sampler, "none")) as book:
             book.prepare()
             drive(book, n_wanted, n_workers=1)
     points = list_points(read_plainly(tmp_path))
     rates = [lr for _, lr, *_ in points]
-    assert len(points) == len(set(points)) == len(set(rates)) == 12
+    assert len(points) == len(set(points)) == len(set(rates)) == 10
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "qmc"])
@@ -216,7 +216,7 @@ def test_search_is_the_same_for_the_same_seed(tmp_path: Path, sampler: str) -> N
         (tmp_path / name).mkdir()
         with open_book(tmp_path / name, make_spec(sampler, "median")) as book:
             book.prepare()
-            drive(book, 14, n_workers=1)
+            drive(book, 12, n_workers=1)
         found.append(list_points(read_plainly(tmp_path / name)))
     assert found[0] == found[1]
 
@@ -226,16 +226,16 @@ def test_grid_ends_with_the_last_point(tmp_path: Path) -> None:
     spec = make_spec("grid", "median", n_trials=1000)
     with open_book(tmp_path, spec) as book:
         book.prepare()
-        assert book.max_trials == 2 * 4 * 5
-        drive(book, 20)
+        assert book.max_trials == 2 * 4 * 3
+        drive(book, 12)
         assert book.ask() is not None
     with open_book(tmp_path, spec) as book:
         assert book.prepare() == 1
-        drive(book, 40)
+        drive(book, 24)
         assert book.ask() is None
         assert book.is_exhausted
     points = list_points(read_plainly(tmp_path))
-    assert len(points) == len(set(points)) == 40
+    assert len(points) == len(set(points)) == 24
 
 
 @pytest.mark.parametrize(("sampler", "pruner"), [("tpe", "median"), ("grid", "asha")])
@@ -247,7 +247,8 @@ def test_plain_optuna_reads_everything(tmp_path: Path, sampler: str, pruner: str
     study = optuna.load_study(storage=make_url(tmp_path), study_name="made up")
     assert study.direction.name == "MAXIMIZE"
     assert study.metric_names == ["val_accuracy"]
-    assert study.best_value == max(trial.value for trial in study.trials if trial.state == OptunaState.COMPLETE)
+    complete = [trial for trial in study.trials if trial.state == OptunaState.COMPLETE]
+    assert study.best_value == max(trial.value or 0.0 for trial in complete)
     pruned = [trial for trial in study.trials if trial.state == OptunaState.PRUNED]
     assert pruned
     for trial in study.trials:

@@ -4,6 +4,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from optuna.distributions import (
@@ -61,6 +62,11 @@ def check_group_counts(spec: StudySpec, group_counts: Mapping[str, int]) -> None
             named += [("space.unfrozen_layers.low", searched.low), ("space.unfrozen_layers.high", searched.high)]
         case Choices() as searched:
             named += [("space.unfrozen_layers.choices", choice) for choice in searched.choices]
+    # Optuna only warns about a queued value that is out of range, and uses it.
+    named += [
+        (f"enqueue[{number}].unfrozen_layers", entry.get("unfrozen_layers"))
+        for number, entry in enumerate(spec.enqueue, start=1)
+    ]
     problems = [
         f"{where}: must not exceed {limit}, the number of layer groups of {smallest}, got {value}"
         + ('; high = "all" reaches every group of every backbone' if where.endswith("high") else "")
@@ -175,7 +181,9 @@ def _list_values(distribution: BaseDistribution) -> Iterator[Any]:
         case IntDistribution():
             yield from range(distribution.low, distribution.high + 1, distribution.step)
         case FloatDistribution(step=float(step)):
+            # In decimals, as Optuna does: 3 * 0.1 would lie above a high of 0.3.
+            low, exact_step = Decimal(str(distribution.low)), Decimal(str(step))
             n_steps = round((distribution.high - distribution.low) / step)
-            yield from (distribution.low + number * step for number in range(n_steps + 1))
+            yield from (float(low + number * exact_step) for number in range(n_steps + 1))
         case _:
             raise TypeError(f"not finite: {distribution}")

@@ -85,6 +85,8 @@ def find_conflicts(parts: dict[str, Any], tables: dict[str, Any]) -> list[str]:
     problems += _find_enqueue_problems(tables.get("enqueue", []), space)
     if getattr(parts.get("search"), "sampler", None) == "grid":
         problems += _find_grid_problems(space)
+        if tables.get("enqueue"):
+            problems.append("enqueue: must be left out with sampler = 'grid', which tries every point in its own order")
     return problems
 
 
@@ -116,7 +118,10 @@ def _find_fixed_problems(fixed: dict[str, Any], space: dict[str, Distribution | 
             problems.append(f"training.{name}: must stand in [space] or in [training], not in both")
         if isinstance(value, dict):
             problems.append(f"training.{name}: must be one value, got {value!r}; distributions go to [space]")
-        elif not (name == "unfrozen_layers" and value == "all") and (problem := parameter.find_problem(value)):
+        elif name == "unfrozen_layers" and isinstance(value, str):
+            if value != "all":
+                problems.append(f'training.{name}: must be a whole number or "all", got {value!r}')
+        elif problem := parameter.find_problem(value):
             problems.append(f"training.{name}: {problem}")
     return problems
 
@@ -145,11 +150,21 @@ def _find_enqueue_problems(entries: Any, space: dict[str, Distribution | None]) 
         if not entry:
             problems.append(f"{where}: must name at least one param of [space]")
         for name, value in entry.items():
-            if name not in space:
-                problems.append(f"{where}.{name}: must be a param of [space]{did_you_mean(name, space)}")
-            elif (distribution := space[name]) is not None and not contains(distribution, value):
-                problems.append(f"{where}.{name}: must lie in {describe(distribution)}, got {value!r}")
+            if problem := _find_entry_problem(name, value, space):
+                problems.append(f"{where}.{name}: {problem}")
     return problems
+
+
+def _find_entry_problem(name: str, value: Any, space: dict[str, Distribution | None]) -> str:
+    if name not in space:
+        return f"must be a param of [space]{did_you_mean(name, space)}"
+    if problem := PARAMETERS[name].find_problem(value):
+        return problem
+    distribution = space[name]
+    if distribution is None or contains(distribution, value):
+        return ""
+    must = "must be" if isinstance(distribution, Choices) else "must lie in"
+    return f"{must} {describe(distribution)}, got {value!r}"
 
 
 def _find_grid_problems(space: dict[str, Distribution | None]) -> list[str]:

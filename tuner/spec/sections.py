@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from tuner.spec.space import PARAMETERS, Choices, Distribution
+from tuner.spec.space import PARAMETERS, Choices, Distribution, is_number
 
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m(?:in)?)?(?:(?P<s>\d+(?:\.\d+)?)s)?")
 
@@ -23,11 +23,11 @@ def _within(low: float, high: float = math.inf, *, brackets: str = "[]") -> Afte
     def check(value: float) -> float:
         above_low = value > low if brackets[0] == "(" else value >= low
         below_high = value < high if brackets[1] == ")" else value <= high
-        if above_low and below_high and math.isfinite(value):
+        if above_low and below_high and is_number(value):
             return value
         if high == math.inf:
             raise ValueError(f"must be {'greater than' if brackets[0] == '(' else 'at least'} {low:g}")
-        raise ValueError(f"must lie in {brackets[0]}{low:g}, {high:g}{brackets[1]}")
+        raise ValueError(f"must lie in {brackets[0]}{low}, {high}{brackets[1]}")
 
     return AfterValidator(check)
 
@@ -39,7 +39,7 @@ def parse_duration(value: Any) -> float:
         ValueError: If it is none of these, or not longer than 0.
     """
     seconds = 0.0
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         seconds = float(value)
     elif isinstance(value, str) and (match := _DURATION.fullmatch(value.strip().replace(" ", ""))):
         hours, minutes, rest = (float(match[part] or 0) for part in "hms")
@@ -61,6 +61,28 @@ def _check_std(std: tuple[float, ...]) -> tuple[float, ...]:
     return std
 
 
+def _check_finite(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(map(math.isfinite, values)):
+        raise ValueError("must hold finite numbers")
+    return values
+
+
+def _check_plain(value: Any) -> Any:
+    """Let nothing through that JSON would change on the way to a worker."""
+    match value:
+        case dict():
+            parts = list(value.values())
+        case list():
+            parts = value
+        case _:
+            if not (isinstance(value, str | bool) or is_number(value)):
+                raise ValueError("must hold text, finite numbers, true, false, lists and tables only")
+            parts = []
+    for part in parts:
+        _check_plain(part)
+    return value
+
+
 def _as_devices(value: Any) -> tuple[str, ...]:
     devices = (value,) if isinstance(value, str) else value
     good = isinstance(devices, list | tuple) and len(devices) > 0
@@ -77,7 +99,7 @@ def _as_devices(value: Any) -> tuple[str, ...]:
 
 
 Fraction = Annotated[float, _within(0, 1, brackets="()")]
-Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=3, max_length=3)]
+Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=3, max_length=3), AfterValidator(_check_finite)]
 
 
 class StudySection(Section):
@@ -121,7 +143,7 @@ class BackboneSection(Section):
 
     weights: str | None = None
     """A .safetensors or .pth file, relative to the study file, or "random". Default: timm's pretrained tag."""
-    kwargs: dict[str, Any] = {}
+    kwargs: Annotated[dict[str, Any], AfterValidator(_check_plain)] = {}
     """Keyword arguments for timm.create_model or for the user's function."""
     mean: Channels | None = None
     """Per channel, of pixels in [0, 1]. Default: the backbone's pretrained_cfg."""

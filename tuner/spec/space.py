@@ -5,10 +5,11 @@ and fixed when ``[training]`` holds a value for it.
 """
 
 import math
+import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tuner.spec.suggestions import did_you_mean
 
@@ -41,7 +42,7 @@ class Parameter:
         """Return what is wrong with one value, or an empty string."""
         if self.kind == "name":
             return self._find_name_problem(value)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             return f"must be a number, got {value!r}"
         if self.kind == "int" and not isinstance(value, int):
             return f"must be a whole number, got {value!r}"
@@ -55,6 +56,15 @@ class Parameter:
         if self.names and value not in self.names:
             return f"must be one of {', '.join(self.names)}, got {value!r}{did_you_mean(value, self.names)}"
         return ""
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a finite number; TOML has inf, nan and whole numbers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(ratio: float) -> bool:
+    return math.isfinite(ratio) and math.isclose(ratio, round(ratio), abs_tol=1e-8)
 
 
 PARAMETERS: dict[str, Parameter] = {
@@ -88,7 +98,8 @@ PARAMETERS: dict[str, Parameter] = {
 
 
 class _Distribution(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # strict, so that JSON gives back the same kind: a float is no bound of an IntRange
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Choices(_Distribution):
@@ -115,7 +126,8 @@ class IntRange(_Distribution):
     step: int = 1
 
 
-Distribution = Choices | FloatRange | IntRange
+Distribution = Annotated[Choices | IntRange | FloatRange, Field(union_mode="left_to_right")]
+"""In this order, because a FloatRange takes whole numbers too."""
 
 
 def parse_distribution(name: str, table: Any) -> tuple[Distribution | None, list[str]]:
@@ -172,7 +184,7 @@ def _find_range_problems(where: str, name: str, table: dict[str, Any]) -> list[s
     ]
     if not isinstance(log, bool):
         problems.append(f"{where}.log: must be true or false, got {log!r}")
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int | float) or step <= 0):
+    if step is not None and not (is_number(step) and step > 0):
         problems.append(f"{where}.step: must be greater than 0, got {step!r}")
     elif parameter.kind == "int" and isinstance(step, float):
         problems.append(f"{where}.step: must be a whole number, got {step!r}")
@@ -184,7 +196,7 @@ def _find_range_problems(where: str, name: str, table: dict[str, Any]) -> list[s
         problems.append(f"{where}.low: must be greater than 0 with log = true, got {low!r}")
     if log and step is not None:
         problems.append(f"{where}.step: must be left out with log = true, got {step!r}")
-    elif step is not None and not reaches_all and not math.isclose((high - low) / step, round((high - low) / step)):
+    elif step is not None and not reaches_all and not _is_whole((high - low) / step):
         problems.append(f"{where}.step: must divide high - low = {high - low:g}, got {step!r}")
     return problems
 
@@ -193,16 +205,13 @@ def contains(distribution: Distribution, value: object) -> bool:
     """Whether a value is a point of the distribution; ``"all"`` bounds are not known yet and hold nothing back."""
     match distribution:
         case Choices():
-            return value in distribution.choices
+            return not isinstance(value, bool) and value in distribution.choices
         case FloatRange() | IntRange():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not is_number(value):
                 return False
             if value < distribution.low or (distribution.high != "all" and value > distribution.high):
                 return False
-            if distribution.step is None:
-                return True
-            steps = (value - distribution.low) / distribution.step
-            return math.isclose(steps, round(steps), abs_tol=1e-8)
+            return distribution.step is None or _is_whole((value - distribution.low) / distribution.step)
 
 
 def describe(distribution: Distribution) -> str:

@@ -38,7 +38,7 @@ def load_spec(path: str | Path) -> StudySpec:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except (OSError, UnicodeDecodeError) as error:
         hint = "; 'tuner init FOLDER' writes a study file" if path.is_dir() else ""
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -77,6 +77,13 @@ def parse_spec(tables: dict[str, Any], folder: Path) -> StudySpec:
     return _resolve_paths(StudySpec(**parts), folder)
 
 
+def _resolve(path: str, folder: Path, where: str) -> str:
+    try:
+        return str((folder / Path(path).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # no such home, a loop of links, a NUL
+        raise SpecError(f"{where}: must be a path, got {path!r} ({error})") from error
+
+
 def _expect_table(value: Any, where: str, problems: list[str]) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
@@ -111,17 +118,19 @@ def _parse_space(table: Any, problems: list[str]) -> dict[str, Distribution | No
 def _resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
     """Return the spec with every path made absolute."""
 
-    def resolve(path: str) -> str:
-        return str((folder / Path(path).expanduser()).resolve())
-
-    def resolve_data(data: sections.DataSection) -> sections.DataSection:
-        return data.model_copy(update={"path": resolve(data.path)}) if data.path else data
+    def resolve_data(data: sections.DataSection, where: str) -> sections.DataSection:
+        return data.model_copy(update={"path": _resolve(data.path, folder, where)}) if data.path else data
 
     backbones = {
         name: section
         if section.weights in {None, "random"}
-        else section.model_copy(update={"weights": resolve(str(section.weights))})
+        else section.model_copy(
+            update={"weights": _resolve(str(section.weights), folder, f'backbones."{name}".weights')}
+        )
         for name, section in spec.backbones.items()
     }
-    pretraining = spec.pretraining and spec.pretraining.model_copy(update={"data": resolve_data(spec.pretraining.data)})
-    return spec.model_copy(update={"data": resolve_data(spec.data), "backbones": backbones, "pretraining": pretraining})
+    pretraining = spec.pretraining and spec.pretraining.model_copy(
+        update={"data": resolve_data(spec.pretraining.data, "pretraining.data.path")}
+    )
+    data = resolve_data(spec.data, "data.path")
+    return spec.model_copy(update={"data": data, "backbones": backbones, "pretraining": pretraining})
