@@ -36,6 +36,7 @@ def run_book(seed: int, smoke: bool) -> float:
         split_counts={},
         group_counts={"tuner:small_cnn": 4},
         weights={},
+        preprocessing={},
         versions={},
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -41,6 +41,7 @@ FACTS = StudyFacts(
     split_counts={"train": 80, "val": 20, "test": 0},
     group_counts=GROUP_COUNTS,
     weights={},
+    preprocessing={},
     versions={},
 )
 COMPLETE = TrialOutcome(state=TrialState.COMPLETE)

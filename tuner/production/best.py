@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 from tuner.errors import ExportError
-from tuner.models.backbone import Preprocessing, read_preprocessing
 from tuner.production.reading import open_stored
 from tuner.search.studies import StoredStudy, find_best
 from tuner.search.trial_book import PARAMS_ATTR
@@ -45,14 +44,11 @@ def best_params(study: str, *, storage: str | None = None) -> dict[str, Any]:
 
 
 def _describe_data(stored: StoredStudy, backbone: str) -> dict[str, Any]:
-    preprocessing = find_preprocessing(stored, backbone)
     return {
         "classes": list(stored.facts.classes),
         "image_size": stored.spec.data.image_size,
         "resize": stored.spec.data.resize,
-        "interpolation": preprocessing.interpolation,
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
+        **stored.facts.preprocessing[backbone],
     }
 
 
@@ -62,11 +58,6 @@ def _describe_backbone(stored: StoredStudy, backbone: str) -> dict[str, Any]:
     if section.weights:
         described["weights"] = section.weights
     return described
-
-
-def find_preprocessing(stored: StoredStudy, backbone: str) -> Preprocessing:
-    """Return how images are prepared for a backbone of a study."""
-    return read_preprocessing(backbone, stored.spec.backbones.get(backbone, BackboneSection()))
 
 
 def write_toml(tables: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from tuner.production.train_result import NO_TEST, TrainResult, add_result_files
 from tuner.service.study_data import StudyData
 from tuner.training.loop import Diverged, TrainingJob, train_only
 from tuner.training.metrics import Scores
-from tuner.training.package import Manifest, _check_place, write_package
+from tuner.training.package import Manifest, check_replaceable, write_package
 from tuner.training.prepare import prepare_model
 from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult
@@ -82,7 +82,7 @@ def check_place(folder: Path) -> None:
         ExportError: If not.
     """
     folder = folder.resolve()
-    _check_place(folder)
+    check_replaceable(folder)
     parent = folder.parent
     while not parent.exists():
         parent = parent.parent

@@ -7,7 +7,7 @@ import numpy as np
 
 from tuner.data.splits import unpack_splits
 from tuner.errors import DataError, ModelError
-from tuner.models.backbone import Preprocessing, is_own, read_preprocessing
+from tuner.models.backbone import Preprocessing, is_own
 from tuner.models.weights import find_weights
 from tuner.production.best import best_params
 from tuner.production.machine import find_own_code
@@ -53,8 +53,9 @@ class StoredRecipe:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How its images are prepared."""
-        return read_preprocessing(self.params.backbone, self.section)
+        """How its images were prepared in the search."""
+        data = self.tables["data"]
+        return Preprocessing(mean=tuple(data["mean"]), std=tuple(data["std"]), interpolation=data["interpolation"])
 
 
 def read_recipe(study: str, storage: str | None) -> StoredRecipe:

@@ -41,6 +41,8 @@ class StudyFacts:
     """Layer groups of each backbone."""
     weights: dict[str, str]
     """Fingerprint of each backbone's starting weights."""
+    preprocessing: dict[str, dict[str, Any]]
+    """``mean``, ``std`` and ``interpolation`` of each backbone."""
     versions: dict[str, str]
 
     def to_json(self) -> str:

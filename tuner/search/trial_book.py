@@ -175,8 +175,11 @@ class TrialBook:
         is_queued = any(other.user_attrs.get("retry_of") == trial.number for other in trials)
         if is_queued or (is_suspect and attempt > 0):
             return
-        attrs = {"retry_of": trial.number, "attempt": attempt + is_suspect}
-        self._study.enqueue_trial(trial.params, user_attrs=attrs)
+        # A trial that was killed while it was asked may hold its point only as it was queued.
+        point = trial.system_attrs.get("fixed_params", {}) | trial.params
+        if point:
+            attrs = {"retry_of": trial.number, "attempt": attempt + is_suspect}
+            self._study.enqueue_trial(point, user_attrs=attrs)
 
     def _find(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]

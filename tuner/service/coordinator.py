@@ -115,5 +115,6 @@ def _collect_facts(description: Description) -> StudyFacts:
         split_counts=description.split_counts,
         group_counts=description.group_counts,
         weights=description.fingerprints,
+        preprocessing=description.preprocessing,
         versions=description.versions,
     )

@@ -2,9 +2,11 @@
 
 import shutil
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +38,13 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
     started = perf_counter()
     group_counts, n_params, weights, fingerprints = {}, {}, {}, {}
     seconds_per_image: dict[str, float] = {}
+    preprocessing: dict[str, dict[str, Any]] = {}
     for name in spec.backbone_names():
         model = _make_checked(name, spec, n_classes=len(data.index.classes))
         group_counts[name] = len(group_layers(model))
         n_params[name] = sum(parameter.numel() for parameter in model.parameters())
         weights[name], fingerprints[name] = _identify_weights(name, spec)
+        preprocessing[name] = asdict(read_preprocessing(name, spec.backbones.get(name, BackboneSection())))
         if timed and perf_counter() - started < _TIMING_SECONDS:
             seconds_per_image[name] = _time_image(model, spec.data.image_size)
     return Description(
@@ -52,8 +56,9 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
         n_params=n_params,
         weights=weights,
         fingerprints=fingerprints,
+        preprocessing=preprocessing,
         versions=_list_versions(),
-        store_bytes=_count_store_bytes(spec, data),
+        store_bytes=_count_store_bytes(spec, data, {each["interpolation"] for each in preprocessing.values()}),
         free_bytes=_count_free_bytes(cache_root()),
         seconds_per_image=seconds_per_image,
         notes=_list_notes(data),
@@ -96,12 +101,10 @@ def _count_splits(data: StudyData) -> dict[str, int]:
     return {split.name.lower(): int(np.count_nonzero(data.splits == split)) for split in Split}
 
 
-def _count_store_bytes(spec: StudySpec, data: StudyData) -> int:
+def _count_store_bytes(spec: StudySpec, data: StudyData, interpolations: set[str]) -> int:
     """Return the disk that the decoded images take: one copy for each way of resizing."""
-    sections = [(name, spec.backbones.get(name, BackboneSection())) for name in spec.backbone_names()]
-    n_copies = len({read_preprocessing(name, section).interpolation for name, section in sections})
     n_images = int(np.count_nonzero(data.splits != Split.TEST))
-    return n_copies * n_images * 3 * spec.data.image_size**2
+    return len(interpolations) * n_images * 3 * spec.data.image_size**2
 
 
 def _count_free_bytes(folder: Path) -> int:

@@ -87,6 +87,8 @@ class Description:
     """Where each backbone's weights come from, for a person."""
     fingerprints: dict[str, str]
     """Identity of each backbone's weights."""
+    preprocessing: dict[str, dict[str, Any]]
+    """``mean``, ``std`` and ``interpolation`` of each backbone."""
     versions: dict[str, str]
     store_bytes: int
     """Disk that the decoded images take."""

@@ -90,7 +90,7 @@ def write_package(
         ExportError: If the place holds something else or cannot be written.
     """
     folder = folder.resolve()
-    _check_place(folder)
+    check_replaceable(folder)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     try:
         with _replacing_folder(folder) as temporary:
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def _check_place(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Refuse to replace what is no model folder."""
     if folder.is_dir() and not (folder / MANIFEST_NAME).is_file() and any(folder.iterdir()):
         raise ExportError(f"{folder}: must be new, empty or an older model folder, got a folder with other files")

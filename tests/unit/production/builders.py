@@ -1,6 +1,7 @@
 """Stored studies made by hand: tiny images, one finished trial each, no search."""
 
 import dataclasses
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from tuner.data.splits import pack_splits
-from tuner.models.backbone import create_backbone
+from tuner.models.backbone import create_backbone, read_preprocessing
 from tuner.models.layers import group_layers
 from tuner.models.weights import find_weights
 from tuner.production.reading import open_stored
@@ -80,6 +81,7 @@ def make_facts(spec: StudySpec) -> StudyFacts:
             name: find_pretrained(name, spec)[0].stem if spec.pretraining else find_weights(name, section).fingerprint
             for name, section in sections.items()
         },
+        preprocessing={name: asdict(read_preprocessing(name, section)) for name, section in sections.items()},
         versions={"python": "3", "torch": torch.__version__},
     )
 

@@ -52,6 +52,7 @@ def make_facts(**overrides: Any) -> StudyFacts:
         "split_counts": {"train": 80, "val": 20, "test": 0},
         "group_counts": GROUP_COUNTS,
         "weights": {"test_resnet": "w1", "test_vit": "w2"},
+        "preprocessing": {},
         "versions": {"torch": "2"},
     }
     return StudyFacts(**values | overrides)

@@ -316,7 +316,6 @@ def test_tell_writes_the_ending_that_prepare_reads(tmp_path: Path) -> None:
     assert number == 0
 
 
-@pytest.mark.xfail(strict=True, reason="TrialBook._adopt reads params only, which Optuna writes after the state")
 @pytest.mark.parametrize("sampler", ["random", "grid"])
 def test_prepare_queues_again_what_was_killed_while_it_was_asked(tmp_path: Path, sampler: str) -> None:
     """Killed between taking a trial from the queue and writing its params, the queued point is not lost."""
