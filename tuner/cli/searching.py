@@ -1,6 +1,7 @@
 """Commands around a search: init, check, run, dashboard."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,7 @@ def run(  # noqa: PLR0917 - click passes each option
     spec = _override(load_spec(study_file), trials, timeout)
     display = make_display(quiet=quiet or as_json)
     status = run_study(spec, storage=storage, n_workers=workers, display=display)
-    click.echo(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, study_file, storage))
+    click.echo(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, study_file))
     return _STOP_CODES.get(status.stopped_by, 0)
 
 
@@ -99,12 +100,13 @@ def _override(spec: "StudySpec", trials: int | None, timeout: str | None) -> "St
     return spec.model_copy(update={"search": spec.search.model_copy(update=changes)})
 
 
-def _conclude(status: "StudyStatus", study_file: Path, storage: str | None) -> str:
+def _conclude(status: "StudyStatus", study_file: Path) -> str:
     """Return the result of a run and the next commands to type."""
+    from tuner.search.storage import resolve_url
     from tuner.service.result import describe_status
 
-    where = f" --storage {storage}" if storage else ""
-    name = json.dumps(status.name) if " " in status.name else status.name
+    where = "" if status.storage == resolve_url() else f" --storage {shlex.quote(status.storage)}"
+    name = shlex.quote(status.name)
     lines = [describe_status(status)]
     if status.n_finished < status.n_trials:
         why = {"timeout": "the timeout", "sigint": "Ctrl-C", "sigterm": "SIGTERM"}.get(status.stopped_by)
@@ -113,9 +115,9 @@ def _conclude(status: "StudyStatus", study_file: Path, storage: str | None) -> s
         )
     if status.best:
         lines.append("next:")
-        lines.append(f"  tuner best {name} --format toml{where}    the recipe, for your own training")
-        lines.append(f"  tuner train {name} --out model{where}    retrain it on train + val, look at test once")
-        lines.append(f"  tuner dashboard{where}    see every trial")
+        lines.append(f"  tuner best {name} --format toml{where}   # the recipe, for your own training")
+        lines.append(f"  tuner train {name} --out model{where}   # retrain it on train + val, look at test once")
+        lines.append(f"  tuner dashboard{where}   # see every trial")
     return "\n".join(lines)
 
 

@@ -17,7 +17,8 @@ from tuner.search.samplers import make_sampler
 from tuner.spec.sections import StudySpec
 from tuner.spec.suggestions import did_you_mean
 
-FORMAT = 1
+_FORMAT = 1
+"""Raised when what is stored with a study changes."""
 SPEC_ATTR = "tuner:spec"
 FACTS_ATTR = "tuner:facts"
 _FREE_KEYS = {"storage", "n_trials", "timeout", "sampler", "pruner", "workers", "path", "enqueue", "weights"}
@@ -47,12 +48,18 @@ class StudyFacts:
 
     def to_json(self) -> str:
         """Return the facts as JSON text."""
-        return json.dumps(vars(self))
+        return json.dumps({"format": _FORMAT, **vars(self)})
 
     @classmethod
     def from_json(cls, text: str) -> "StudyFacts":
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            StudyError: If another version of the program wrote it.
+        """
         values = json.loads(text)
+        if (found := values.pop("format", None)) != _FORMAT:
+            raise StudyError(f"study: must be in format {_FORMAT}, got {found}; another version of tuner made it")
         return cls(**values | {"classes": tuple(values["classes"])})
 
 

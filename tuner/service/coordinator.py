@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from optuna.storages import RDBStorage
 
-from tuner.errors import StorageError, StudyError
+from tuner.errors import EXIT_SIGTERM, StorageError, StudyError
 from tuner.search.storage import (
     find_database,
     hold_lock,
@@ -44,7 +44,7 @@ def run_study(
         StudyError: If the stored study differs from the spec, or is already running.
         DataError, ModelError, DeviceError, StorageError, SpecError: If something cannot be used.
         SearchError: If five trials fail in a row, or the study ends without a completed trial.
-        KeyboardInterrupt: If Ctrl-C came before there was a study, or came twice.
+        KeyboardInterrupt, SystemExit: If Ctrl-C or SIGTERM came before there was a study, or Ctrl-C came twice.
     """
     url = resolve_url(storage, spec.study.storage)
     with _open_alone(url, spec.study.name) as opened, display or SilentDisplay() as shown:
@@ -54,7 +54,7 @@ def run_study(
             shown.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
             scouted = scout_study(pool, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
             if scouted is None:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if signals.received == "sigint" else SystemExit(EXIT_SIGTERM)
             shown.show(ActivityChanged(worker=0, text=""))
             for note in scouted.description.notes:
                 shown.show(Noted(text=note))

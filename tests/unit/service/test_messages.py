@@ -1,0 +1,69 @@
+"""Messages cross the socket whole."""
+
+import socket
+
+import pytest
+
+from tests.unit.search.builders import make_epoch
+from tuner.service.messages import EpochDone, Hello, Lines, Message, Train, TrialDone, Verdict, decode, encode
+from tuner.trial import ClassReport, Reason, TrialOutcome, TrialParams, TrialState
+
+PARAMS = TrialParams(
+    backbone="test_resnet",
+    lr=1e-3,
+    batch_size=32,
+    unfrozen_layers=2,
+    augmentation_strength=0.5,
+    optimizer="sgd",
+    weight_decay=0.0,
+    layer_decay=0.9,
+    label_smoothing=0.1,
+    dropout=0.2,
+    warmup_fraction=0.1,
+    momentum=0.9,
+    epochs=3,
+    horizontal_flip=True,
+    class_weights="none",
+    seed=2**62,
+)
+REPORT = ClassReport(confusion_matrix=((1, 2), (0, 3)), precision=(1.0, 0.6), recall=(0.3, 1.0), f1=(0.5, 0.75))
+MESSAGES = [
+    Train(data_hash="x", number=3, params=PARAMS),
+    EpochDone(number=3, result=make_epoch(1, 0.5)),
+    Verdict(action="keep", folder="/a b/ü", provenance={"value": 0.5}),
+    TrialDone(number=3, outcome=TrialOutcome(state=TrialState.COMPLETE, report=REPORT), kept=True),
+    TrialDone(
+        number=4,
+        outcome=TrialOutcome(state=TrialState.FAIL, reason=Reason.ERROR, message="a\nb", traceback="line\nline"),
+    ),
+    Hello(cuda_devices=("A", "B")),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_decode_reads_what_encode_wrote(message: Message) -> None:
+    """Every kind of value survives JSON: enums, tuples, None, newlines, large seeds."""
+    line = encode(message)
+    assert line.count(b"\n") == 1
+    assert decode(line) == message
+
+
+def test_lines_cuts_messages_wherever_the_bytes_are_split() -> None:
+    """A message may arrive in pieces, and several at once."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        data = b"".join(encode(message) for message in MESSAGES)
+        lines = Lines(ours)
+        received: list[Message] = []
+        for start in range(0, len(data), 100):
+            theirs.sendall(data[start : start + 100])
+            received += lines.receive()
+        assert received == MESSAGES
+
+
+def test_lines_says_that_the_other_side_is_gone() -> None:
+    """The end of the socket is how a death is heard."""
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(EOFError, match=r"^$"):
+        list(Lines(ours).receive())

@@ -1,0 +1,92 @@
+"""What the user sees."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tests.unit.service.test_messages import PARAMS
+from tuner.service.progress import (
+    ActivityChanged,
+    BestFound,
+    Counted,
+    Display,
+    EpochReported,
+    Event,
+    LiveDisplay,
+    Noted,
+    PlainDisplay,
+    SilentDisplay,
+    TrialFinished,
+    TrialStarted,
+    format_seconds,
+)
+from tuner.trial import Reason, TrialOutcome, TrialState
+
+EVENTS: list[Event] = [
+    ActivityChanged(worker=0, text="preparing the images"),
+    ActivityChanged(worker=0, text=""),
+    Counted(n_done=0, n_trials=4),
+    TrialStarted(worker=0, number=0, params=PARAMS),
+    EpochReported(worker=0, epoch=1, n_epochs=3, value=0.25),
+    Counted(n_done=1, n_trials=4),
+    TrialFinished(worker=0, number=0, outcome=TrialOutcome(state=TrialState.COMPLETE), value=0.75),
+    BestFound(number=0, value=0.75),
+    TrialFinished(
+        worker=1,
+        number=1,
+        outcome=TrialOutcome(state=TrialState.FAIL, reason=Reason.WORKER_LOST, message="[bold] is no markup"),
+        value=None,
+    ),
+    Noted(text="a [red]note[/red]"),
+]
+
+
+def show_all(display: Display) -> None:
+    """Show every kind of event."""
+    with display:
+        for event in EVENTS:
+            display.show(event)
+
+
+def test_plain_display_prints_a_line_for_each_event_that_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    """Logs hold ends of trials, not epochs."""
+    show_all(PlainDisplay())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "worker 0: preparing the images"
+    assert lines[1].startswith("trial 0: complete 0.7500  [1/4 trials, about ")
+    assert lines[2] == "best so far: trial 0, 0.7500"
+    assert lines[3].startswith("trial 1: fail (worker lost: [bold] is no markup)  [1/4 trials")
+    assert lines[4:] == ["a [red]note[/red]"]
+
+
+def test_silent_display_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """--quiet is quiet."""
+    show_all(SilentDisplay())
+    assert capsys.readouterr().out == ""
+
+
+def test_live_display_shows_workers_counts_and_best() -> None:
+    """The table has a row for each worker and takes no text for markup."""
+    screen = io.StringIO()
+    display = LiveDisplay(Console(file=screen, force_terminal=True, width=120))
+    with display:
+        for event in EVENTS[:5]:
+            display.show(event)
+        display._live.refresh()
+        text = screen.getvalue()
+        assert "trial 0  test_resnet lr=0.001 batch=32 unfrozen=2 aug=0.5  epoch 1/3  0.2500" in text
+        assert "0/4 trials" in text
+        for event in EVENTS[5:]:
+            display.show(event)
+        display._live.refresh()
+    text = screen.getvalue()
+    assert "best: trial 0, 0.7500" in text
+    assert "a [red]note[/red]" in text
+    assert "trial 1: fail (worker lost: [bold] is no markup)" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(8, "8 s"), (200, "3 min"), (9000, "2.5 h")])
+def test_format_seconds_speaks_as_a_person(seconds: float, text: str) -> None:
+    """One unit, no more digits than matter."""
+    assert format_seconds(seconds) == text

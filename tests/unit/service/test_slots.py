@@ -1,0 +1,88 @@
+"""Devices and cores become slots."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tuner.errors import DeviceError
+from tuner.service.slots import bind, list_slots, usable_cores
+from tuner.spec.sections import WorkersSection
+
+
+def make_workers(**values: object) -> WorkersSection:
+    """Return a checked section."""
+    return WorkersSection.model_validate(values)
+
+
+def test_auto_takes_every_cuda_device() -> None:
+    """One worker for each device, the cores shared out."""
+    slots = list_slots(make_workers(), ("A", "B"), n_cores=8)
+    assert [slot.device for slot in slots] == ["cuda:0", "cuda:1"]
+    assert {slot.n_threads for slot in slots} == {4}
+
+
+def test_auto_without_cuda_takes_every_core_with_one_thread() -> None:
+    """On the CPU a worker is a core."""
+    slots = list_slots(make_workers(), (), n_cores=3)
+    assert [(slot.device, slot.n_threads) for slot in slots] == [("cpu", 1)] * 3
+
+
+def test_per_device_multiplies_the_workers_of_cuda() -> None:
+    """Several workers may share a device."""
+    slots = list_slots(make_workers(per_device=2), ("A", "B"), n_cores=2)
+    assert [slot.device for slot in slots] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert {slot.n_threads for slot in slots} == {1}
+
+
+def test_n_workers_of_the_command_line_is_dealt_to_the_devices() -> None:
+    """--workers counts workers, whatever the file says."""
+    assert [slot.device for slot in list_slots(make_workers(), ("A", "B"), n_workers=3, n_cores=4)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+    ]
+    assert len(list_slots(make_workers(devices="cpu"), ("A",), n_workers=5, n_cores=2)) == 5
+
+
+def test_device_that_does_not_exist_is_refused() -> None:
+    """No silent fallback to the CPU."""
+    expected = r"workers.devices: must name devices that exist, got 'cuda:2'; this machine shows 1 CUDA device$"
+    with pytest.raises(DeviceError, match=expected):
+        list_slots(make_workers(devices=["cuda:0", "cuda:2"]), ("A",), n_cores=2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"),
+    [
+        (None, "cuda:1", "1"),
+        ("2,3", "cuda:1", "3"),
+        ("GPU-a, GPU-b", "cuda:0", "GPU-a"),
+        ("", "cuda:0", "0"),
+        ("2,3", "cpu", ""),
+    ],
+)
+def test_bind_counts_in_what_the_user_made_visible(visible: str | None, device: str, expected: str) -> None:
+    """cuda:N is the N-th of the user's CUDA_VISIBLE_DEVICES."""
+    environment = {"HOME": "/"} if visible is None else {"HOME": "/", "CUDA_VISIBLE_DEVICES": visible}
+    assert bind(device, environment) == {"HOME": "/", "CUDA_VISIBLE_DEVICES": expected}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "20000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+        ({"cpu.max": "nonsense"}, None),
+    ],
+)
+def test_usable_cores_obeys_the_quota(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
+    """A container's quota counts, not the machine's cores."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == (expected or len(os.sched_getaffinity(0)))
