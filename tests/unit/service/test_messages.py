@@ -27,7 +27,7 @@ PARAMS = TrialParams(
     seed=2**62,
 )
 REPORT = ClassReport(confusion_matrix=((1, 2), (0, 3)), precision=(1.0, 0.6), recall=(0.3, 1.0), f1=(0.5, 0.75))
-MESSAGES = [
+MESSAGES: list[Message] = [
     Train(data_hash="x", number=3, params=PARAMS),
     EpochDone(number=3, result=make_epoch(1, 0.5)),
     Verdict(action="keep", folder="/a b/ü", provenance={"value": 0.5}),
