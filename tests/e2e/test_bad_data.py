@@ -150,10 +150,9 @@ MISTAKES = [
         problem="data.path: must be a csv file in UTF-8, got other bytes in 'FOLDER/table.csv'",
     ),
     Mistake(
-        what="csv unreadable",
-        edits=(CSV[0], ('"images"', '"/proc/self/mem"')),
-        problem=f"data.path: must be a readable csv file, got '/proc/{os.getpid()}/mem' "
-        f"({'Input/output error' if IS_ROOT else 'Permission denied'})",
+        what="csv below a file",
+        edits=(CSV[0], ('"images"', '"images/cat/0.png/table.csv"')),
+        problem="data.path: must be a readable csv file, got 'FOLDER/images/cat/0.png/table.csv' (Not a directory)",
     ),
 ]
 

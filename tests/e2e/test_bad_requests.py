@@ -4,8 +4,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-import optuna
 import pytest
+from optuna.storages import RDBStorage
 
 from tests.e2e.mistakes import Prepare, expect, fail, write, write_study
 from tuner.search.storage import hold_lock, open_storage, study_lock_path
@@ -15,6 +15,12 @@ from tuner.spec.study import load_spec
 
 URL = "sqlite:///studies.db"
 IS_ROOT = os.geteuid() == 0
+
+
+def close(storage: RDBStorage) -> None:
+    """Close a storage; Python 3.13 warns of databases that are left to the garbage collector."""
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 # --- storages ---
@@ -85,7 +91,7 @@ def test_run_refuses_wrong_storages(
 @pytest.mark.skipif(IS_ROOT, reason="root may write to every file")
 def test_run_refuses_a_database_that_may_not_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A read-only database cannot hold a study."""
-    optuna.create_study(storage=URL)
+    close(open_storage(URL, create=True))
     (folder / "studies.db").chmod(0o400)
     problem = "storage: must be writable, got FOLDER/studies.db; choose another file with --storage"
     assert fail(capsys, "run", write_study(folder)) == (8, expect(folder, problem))
@@ -110,8 +116,7 @@ def store_study(folder: Path) -> None:
     )
     storage = open_storage(URL, create=True)
     open_study(storage, spec, facts)
-    storage.remove_session()
-    storage.engine.dispose()
+    close(storage)
 
 
 def test_run_refuses_a_study_that_is_running(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
@@ -92,9 +93,21 @@ def open_book(folder: Path, spec: StudySpec) -> Iterator[TrialBook]:
         storage.engine.dispose()
 
 
+@contextmanager
+def open_plainly(folder: Path) -> Iterator[optuna.Study]:
+    """Open the study as any Optuna program does."""
+    storage = RDBStorage(make_url(folder))
+    try:
+        yield optuna.load_study(storage=storage, study_name="made up")
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def read_plainly(folder: Path) -> list[FrozenTrial]:
     """Return the trials as any Optuna program sees them."""
-    return optuna.load_study(storage=make_url(folder), study_name="made up").trials
+    with open_plainly(folder) as study:
+        return study.trials
 
 
 def make_epoch(params: TrialParams, epoch: int) -> EpochResult:
@@ -245,14 +258,14 @@ def test_plain_optuna_reads_everything(tmp_path: Path, sampler: str, pruner: str
     with open_book(tmp_path, make_spec(sampler, pruner)) as book:
         book.prepare()
         drive(book, N_TRIALS)
-    study = optuna.load_study(storage=make_url(tmp_path), study_name="made up")
-    assert study.direction.name == "MAXIMIZE"
-    assert study.metric_names == ["val_accuracy"]
-    complete = [trial for trial in study.trials if trial.state == OptunaState.COMPLETE]
-    assert study.best_value == max(trial.value or 0.0 for trial in complete)
-    pruned = [trial for trial in study.trials if trial.state == OptunaState.PRUNED]
+    with open_plainly(tmp_path) as study:
+        trials = study.trials
+        assert study.direction.name == "MAXIMIZE"
+        assert study.metric_names == ["val_accuracy"]
+        assert study.best_value == max(trial.value or 0.0 for trial in trials if trial.state == OptunaState.COMPLETE)
+    pruned = [trial for trial in trials if trial.state == OptunaState.PRUNED]
     assert pruned
-    for trial in study.trials:
+    for trial in trials:
         params = TrialParams.from_json(trial.user_attrs[PARAMS_ATTR])
         curve = {epoch: make_epoch(params, epoch).val_accuracy for epoch in range(1, EPOCHS + 1)}
         assert trial.intermediate_values == {

@@ -3,9 +3,6 @@
 import os
 from datetime import UTC, datetime
 
-from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import SQLAlchemyError
-
 from tuner.errors import StorageError
 from tuner.production.reading import open_stored
 from tuner.search.storage import find_database
@@ -44,9 +41,6 @@ def record_opening(study: str, reason: str, *, storage: str | None = None) -> No
         StudyError, StorageError: If there is no such study, or it cannot be written.
     """
     opening = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "reason": reason}
-    with open_stored(study, storage) as (stored, url):
+    with open_stored(study, storage) as (stored, _):
         earlier = stored.study.user_attrs.get(OPENINGS_ATTR, [])
-        try:
-            stored.study.set_user_attr(OPENINGS_ATTR, [*earlier, opening])
-        except (StorageInternalError, SQLAlchemyError) as error:
-            raise StorageError(f"storage: must be writable, got {find_database(url)}: {error}") from error
+        stored.study.set_user_attr(OPENINGS_ATTR, [*earlier, opening])

@@ -8,7 +8,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from tuner.errors import StudyError
-from tuner.search.storage import hold_lock, open_storage, resolve_url, study_lock_path
+from tuner.search.storage import hold_lock, resolve_url, study_lock_path, use_storage
 from tuner.search.studies import StoredStudy, StudySummary, delete_stored, list_studies, load_stored
 from tuner.search.trial_book import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
 from tuner.service.kept_models import remove_models
@@ -25,12 +25,8 @@ def open_existing(storage: str | None) -> Iterator[tuple[RDBStorage, str]]:
         StorageError: If it cannot be read.
     """
     url = resolve_url(storage)
-    opened = open_storage(url)
-    try:
+    with use_storage(url) as opened:
         yield opened, url
-    finally:
-        opened.remove_session()
-        opened.engine.dispose()
 
 
 @contextmanager

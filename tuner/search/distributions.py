@@ -67,10 +67,6 @@ def check_group_counts(spec: StudySpec, group_counts: Mapping[str, int]) -> None
         (f"enqueue[{number}].unfrozen_layers", entry.get("unfrozen_layers"))
         for number, entry in enumerate(spec.enqueue, start=1)
     ]
-    named += [
-        (f"enqueue[{number}].unfrozen_layers", entry.get("unfrozen_layers"))
-        for number, entry in enumerate(spec.enqueue, start=1)
-    ]
     problems = [
         f"{where}: must not exceed {limit}, the number of layer groups of {smallest}, got {value}"
         + ('; high = "all" reaches every group of every backbone' if where.endswith("high") else "")

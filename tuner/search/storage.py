@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 
@@ -68,6 +69,24 @@ def open_storage(url: str, *, create: bool = False) -> RDBStorage:
     sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
     storage.engine.dispose()  # so that every connection meets the listener
     return storage
+
+
+@contextmanager
+def use_storage(url: str, *, create: bool = False) -> Iterator[RDBStorage]:
+    """Open a database for a block, and close it after; arguments and errors as for ``open_storage``.
+
+    Raises:
+        StorageError: Also if the database fails later, inside the block.
+    """
+    storage = open_storage(url, create=create)
+    try:
+        yield storage
+    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise StorageError(f"storage: must stay readable and writable, got {find_database(url)}: {reason}") from error
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def _connect(path: Path, *, create: bool) -> RDBStorage:

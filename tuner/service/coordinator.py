@@ -10,10 +10,10 @@ from tuner.errors import EXIT_SIGTERM, StorageError, StudyError
 from tuner.search.storage import (
     find_database,
     hold_lock,
-    open_storage,
     resolve_url,
     schema_lock_path,
     study_lock_path,
+    use_storage,
 )
 from tuner.search.studies import StoredStudy, StudyFacts, find_best, find_changes, load_stored, open_study
 from tuner.service.messages import Description
@@ -71,13 +71,10 @@ def _open_alone(url: str, study_name: str) -> Iterator[RDBStorage]:
     with hold_lock(study_lock_path(url, study_name)) as is_free:
         if not is_free:
             raise StudyError(f"study {study_name!r}: must not be running already; another 'tuner run' holds it")
-        with hold_lock(schema_lock_path(url), wait=True):
-            storage = open_storage(url, create=True)
-        try:
+        with hold_lock(schema_lock_path(url), wait=True), use_storage(url, create=True):
+            pass
+        with use_storage(url) as storage:
             yield storage
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
 
 
 def _find_finished(storage: RDBStorage, spec: StudySpec) -> StoredStudy | None:

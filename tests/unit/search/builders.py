@@ -20,6 +20,7 @@ SPACE: dict[str, Any] = {
     "unfrozen_layers": {"low": 1, "high": "all"},
 }
 GROUP_COUNTS = {"test_resnet": 6, "test_vit": 4}
+_OPENED: list[RDBStorage] = []
 COMPLETE = TrialOutcome(state=TrialState.COMPLETE)
 PRUNED = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER)
 
@@ -63,9 +64,23 @@ def make_url(folder: Path) -> str:
     return f"sqlite:///{folder / 'studies.db'}"
 
 
+def keep(storage: RDBStorage) -> RDBStorage:
+    """Have a storage closed after the test."""
+    _OPENED.append(storage)
+    return storage
+
+
+def close_storages() -> None:
+    """Close what was opened: Python 3.13 warns of databases that are left to the garbage collector."""
+    while _OPENED:
+        storage = _OPENED.pop()
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def make_storage(folder: Path) -> RDBStorage:
     """Open a database in a folder, made if it is not there."""
-    return open_storage(make_url(folder), create=True)
+    return keep(open_storage(make_url(folder), create=True))
 
 
 def open_small(folder: Path, spec: StudySpec | None = None) -> StoredStudy:
@@ -102,4 +117,4 @@ def run_trial(book: TrialBook, values: tuple[float, ...] = (0.1, 0.2, 0.3)) -> i
 
 def read_plainly(folder: Path, name: str = "small") -> optuna.Study:
     """Load a study as another program would."""
-    return optuna.load_study(storage=make_url(folder), study_name=name)
+    return optuna.load_study(storage=keep(RDBStorage(make_url(folder))), study_name=name)

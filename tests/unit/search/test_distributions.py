@@ -89,8 +89,9 @@ def test_check_group_counts_refuses_more_than_the_smallest(
 ) -> None:
     """A plain count must be reachable in every backbone, wherever the study file names it."""
     problem = f"{where}: must not exceed 4, the number of layer groups of test_vit, got 5"
-    with pytest.raises(SpecError, match=f"^{re.escape(problem)}"):
+    with pytest.raises(SpecError, match=f"^{re.escape(problem)}") as caught:
         check_group_counts(make_spec({**BACKBONE, **space}, **more), GROUP_COUNTS)
+    assert len(caught.value.problems) == 1
 
 
 def test_check_group_counts_accepts_what_fits() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
+from optuna.storages import RDBStorage
 
 from tuner.errors import StorageError
 from tuner.search.storage import (
@@ -22,7 +23,7 @@ from tuner.search.storage import (
     study_slug,
 )
 
-from .builders import make_url
+from .builders import keep, make_storage, make_url
 
 _HOLD = """
 import subprocess, sys
@@ -37,7 +38,7 @@ with hold_lock(Path(sys.argv[1])) as is_free:
 
 def ask(url: str, statement: str) -> object:
     """Return the first cell of a statement's answer, through an engine of ``open_storage``."""
-    with open_storage(url).engine.connect() as connection:
+    with keep(open_storage(url)).engine.connect() as connection:
         return connection.execute(sqlalchemy.text(statement)).scalar()
 
 
@@ -92,7 +93,7 @@ def test_find_database_hides_passwords(url: str) -> None:
 def test_open_storage_sets_wal_and_normal_sync(tmp_path: Path) -> None:
     """Readers do not block the writer, a commit does not wait for the disk, and a busy database is waited for."""
     url = make_url(tmp_path)
-    open_storage(url, create=True)
+    make_storage(tmp_path)
     assert ask(url, "PRAGMA journal_mode") == "wal"
     assert ask(url, "PRAGMA synchronous") == 1
     assert ask(url, "PRAGMA busy_timeout") == 60000
@@ -100,15 +101,15 @@ def test_open_storage_sets_wal_and_normal_sync(tmp_path: Path) -> None:
 
 def test_open_storage_opens_what_it_made(tmp_path: Path) -> None:
     """A study stays, however often the storage is opened, with and without leave to create."""
-    optuna.create_study(storage=open_storage(make_url(tmp_path), create=True), study_name="a")
-    assert optuna.get_all_study_names(storage=open_storage(make_url(tmp_path), create=True)) == ["a"]
-    assert optuna.get_all_study_names(storage=open_storage(make_url(tmp_path))) == ["a"]
+    optuna.create_study(storage=make_storage(tmp_path), study_name="a")
+    assert optuna.get_all_study_names(storage=make_storage(tmp_path)) == ["a"]
+    assert optuna.get_all_study_names(storage=keep(open_storage(make_url(tmp_path)))) == ["a"]
 
 
 def test_open_storage_takes_a_database_that_optuna_made(tmp_path: Path) -> None:
     """Another Optuna program's database can hold our studies too."""
-    optuna.create_study(storage=make_url(tmp_path), study_name="theirs")
-    assert optuna.get_all_study_names(storage=open_storage(make_url(tmp_path), create=True)) == ["theirs"]
+    optuna.create_study(storage=keep(RDBStorage(make_url(tmp_path))), study_name="theirs")
+    assert optuna.get_all_study_names(storage=make_storage(tmp_path)) == ["theirs"]
     assert ask(make_url(tmp_path), "PRAGMA journal_mode") == "wal"
 
 

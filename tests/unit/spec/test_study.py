@@ -132,7 +132,7 @@ def test_load_spec_points_from_a_folder_to_init(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"), [("~nobody-here/x", "Could not determine home directory."), ("a\\u0000b", "embedded null byte")]
+    ("path", "reason"), [("~nobody-here/x", "Could not determine home directory."), ("a\\u0000b", "embedded null")]
 )
 def test_load_spec_refuses_impossible_paths(tmp_path: Path, path: str, reason: str) -> None:
     """A home that does not exist and a NUL are problems of the file."""
