@@ -68,7 +68,17 @@ STORAGES: list[tuple[str, Prepare, str]] = [
     (
         "postgresql://user:secret@host/db",
         bool,
-        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgresql://user:***@host/db'",
+        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgresql://***@host/db'",
+    ),
+    (
+        "postgresql://user:secret@host:port/db",
+        bool,
+        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgresql://***@host:port/db'",
+    ),
+    (
+        "postgres//user:secret@host/db",
+        bool,
+        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgres//***@host/db'",
     ),
     (
         "sqlite:////proc/studies.db",
@@ -149,7 +159,7 @@ def test_run_refuses_a_study_that_has_changed(folder: Path, capsys: pytest.Captu
         (("best", "x"), 4, "study 'x': must be in the storage; the storage holds bad"),
         (("show", "x", "0"), 4, "study 'x': must be in the storage; the storage holds bad"),
         (("delete", "x"), 4, "study 'x': must be in the storage; the storage holds bad"),
-        (("show", "bad", "7"), 4, "trial 7: must be a trial of study 'bad', which has 0"),
+        (("show", "bad", "7"), 4, "trial 7: must be a trial of study 'bad', which has 0 trials"),
         (("best", "bad"), 7, "study 'bad': at least one trial must have completed, got none; 'tuner run' goes on"),
         (
             ("status", "bad", "--storage", "sqlite:///other.db"),

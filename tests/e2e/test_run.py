@@ -18,8 +18,12 @@ def make_slow_place(folder: Path, *, n_trials: int = 6, sampler: str = "random")
 
 
 def read_study(place: Place, name: str = "digits") -> optuna.Study:
-    """Open a study as any Optuna client does."""
-    return optuna.load_study(study_name=name, storage=f"sqlite:///{place.folder / 'studies.db'}")
+    """Read a study as any Optuna client does, and let go of its database."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{place.folder / 'studies.db'}")
+    copied = optuna.storages.InMemoryStorage()
+    optuna.copy_study(from_study_name=name, from_storage=storage, to_storage=copied)
+    storage.engine.dispose()
+    return optuna.load_study(study_name=name, storage=copied)
 
 
 def assert_is_whole(place: Place, n_trials: int) -> None:

@@ -33,6 +33,12 @@ def test_readme_lists_every_module_of_the_file_tree() -> None:
     assert listed - there <= {"harness"}, f"gone: {sorted(listed - there)}"
 
 
+def test_ci_is_the_test_command_of_the_readme() -> None:
+    """What CI runs is what a newcomer types, and nothing else."""
+    commands = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1:]
+    assert commands == [line for line in README.splitlines() if line.endswith("python -m pytest")]
+
+
 def test_readme_names_every_command() -> None:
     """A newcomer finds every command."""
     for command in cli.commands:

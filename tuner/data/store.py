@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import PIL
@@ -67,6 +68,11 @@ class _Job:
         images = [(self.index.names[row], self.index.image_version(row)) for row in self.rows]
         return sha256(json.dumps([settings, images]).encode()).hexdigest()
 
+    @property
+    def n_bytes(self) -> int:
+        """Return the size of the pixels if all images can be decoded."""
+        return int(np.prod(self.shape(0), dtype=object))
+
     def shape(self, n_bad: int) -> tuple[int, int, int, int]:
         """Return the shape of the pixels without the bad images."""
         return len(self.rows) - n_bad, 3, self.size, self.size
@@ -95,17 +101,10 @@ def open_store(
         DataError: If more images than ``max_bad_fraction`` allows cannot be decoded.
         StorageError: If the cache folder cannot be written or has too little room.
     """
-    job = _Job(
-        index=index,
-        rows=np.asarray(rows, dtype=np.int64),
-        size=section.image_size,
-        resize=section.resize,
-        interpolation=interpolation,
-        max_bad_fraction=section.max_bad_fraction,
-    )
+    job = _make_job(index, rows, section, interpolation)
     if not len(job.rows):
         return PixelStore(pixels=np.empty(job.shape(0), dtype=np.uint8), rows=job.rows, bad=())
-    path = cache_root() / "pixels" / f"{job.hash_key()}.npy"
+    path = _place(job)
     store = _read_store(path, job)
     if store is None:
         with _reporting_storage(path.parent), _locked(path):
@@ -117,6 +116,51 @@ def open_store(
         raise StorageError(f"TUNER_CACHE_DIR: must keep what is written to it, got other bytes back from '{path}'")
     _check_allowance(job, store.bad)
     return store
+
+
+def check_room(
+    index: ImageIndex, rows: NDArray[np.int64], section: DataSection, *, interpolations: Iterable[str]
+) -> int:
+    """Check that what is not decoded yet fits the cache folder, before anything expensive.
+
+    Args:
+        index: The images.
+        rows: Which of them will be decoded.
+        section: Image size and way of resizing.
+        interpolations: One store is made for each.
+
+    Returns:
+        Bytes that all the stores take, those included that are there already.
+
+    Raises:
+        StorageError: If the cache folder cannot be written or has too little room.
+    """
+    jobs = [_make_job(index, rows, section, interpolation) for interpolation in interpolations]
+    needed = sum(job.n_bytes for job in jobs if _read_store(_place(job), job) is None)
+    folder = cache_root() / "pixels"
+    with _reporting_storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # tried, since permission bits say nothing of a read-only disk
+            pass
+        _check_disk(folder, needed)
+    return sum(job.n_bytes for job in jobs)
+
+
+def _make_job(
+    index: ImageIndex, rows: Sequence[int] | NDArray[np.int64], section: DataSection, interpolation: str
+) -> _Job:
+    return _Job(
+        index=index,
+        rows=np.asarray(rows, dtype=np.int64),
+        size=section.image_size,
+        resize=section.resize,
+        interpolation=interpolation,
+        max_bad_fraction=section.max_bad_fraction,
+    )
+
+
+def _place(job: _Job) -> Path:
+    return cache_root() / "pixels" / f"{job.hash_key()}.npy"
 
 
 def _read_store(path: Path, job: _Job) -> PixelStore | None:
@@ -176,7 +220,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build_store(path: Path, job: _Job, n_threads: int, on_progress: Progress | None) -> None:
-    _check_disk(path.parent, job)
+    _check_disk(path.parent, job.n_bytes)
     with replacing(path) as temporary:
         pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=job.shape(0))
         with temporary.open("r+b") as file:  # on a full disk a write to a mapped hole would kill the process
@@ -191,8 +235,8 @@ def _build_store(path: Path, job: _Job, n_threads: int, on_progress: Progress | 
             sidecar.write_text(json.dumps(bad))
 
 
-def _check_disk(folder: Path, job: _Job) -> None:
-    needed, free = int(np.prod(job.shape(0), dtype=object)), shutil.disk_usage(folder).free
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
             f"TUNER_CACHE_DIR: must have {needed / _GIGABYTE:.1f} GB free for the decoded images, "

@@ -83,7 +83,7 @@ def read_trial(study: str, number: int, storage: str | None = None) -> dict[str,
     with open_stored(study, storage) as (stored, _):
         trials = stored.study.get_trials(deepcopy=False)
         if number >= len(trials):
-            raise StudyError(f"trial {number}: must be a trial of study {study!r}, which has {len(trials)}")
+            raise StudyError(f"trial {number}: must be a trial of study {study!r}, which has {len(trials)} trials")
         trial = trials[number]
         return {
             "study": study,

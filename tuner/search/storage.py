@@ -8,6 +8,7 @@ create the schema at once fail.
 import fcntl
 import hashlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,14 +38,15 @@ def find_database(url: str) -> Path:
         StorageError: If the URL is none, or names no file.
     """
     expected = f"storage: must be an SQLite URL such as {DEFAULT_URL}"
+    shown = repr(re.sub(r"//[^/]*@", "//***@", url))  # a password must not be printed, however wrong the URL is
     try:
         parsed = make_url(url)
-    except sqlalchemy.exc.ArgumentError:
-        raise StorageError(f"{expected}, got {url!r}") from None
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise StorageError(f"{expected}, got {shown}") from None
     if parsed.get_backend_name() != "sqlite":
-        raise StorageError(f"{expected}, got {parsed.render_as_string(hide_password=True)!r}")
+        raise StorageError(f"{expected}, got {shown}")
     if not parsed.database or parsed.database == ":memory:":
-        raise StorageError(f"{expected}, got {url!r}, which keeps nothing")
+        raise StorageError(f"{expected}, got {shown}, which keeps nothing")
     return Path(parsed.database).absolute()
 
 
@@ -151,7 +153,8 @@ def files_folder(url: str) -> Path:
 def study_slug(name: str) -> str:
     """Return a file name for a study: its readable characters, and a hash where that is not the whole name."""
     readable = "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:60]
-    if readable == name:
+    # A name that looks like another one's slug gets a hash as well.
+    if readable == name and not re.search(r"-[0-9a-f]{8}$", name):
         return name
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -1,6 +1,7 @@
 """Studies in the storage: made, resumed or refused, listed, and read without their study file."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ _FORMAT = 1
 """Raised when what is stored with a study changes."""
 SPEC_ATTR = "tuner:spec"
 FACTS_ATTR = "tuner:facts"
-_FREE_KEYS = {"storage", "n_trials", "timeout", "sampler", "pruner", "workers", "path", "enqueue", "weights"}
+_FREE_KEYS = re.compile(
+    r"study\.storage|search\..*|workers\..*|enqueue|(pretraining\.)?data\.path|backbones\..*\.weights"
+)
 """Keys that may differ when a study is reopened: data and weights are compared by content instead."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -139,7 +142,7 @@ def find_changes(stored: StudySpec, new: StudySpec) -> list[str]:
     return [
         f"{key}: {_show(before.get(key))} in the study, {_show(after.get(key))} in the study file"
         for key in sorted(before | after)
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and not _FREE_KEYS.fullmatch(key)
     ]
 
 
@@ -148,13 +151,12 @@ def _show(value: Any) -> str:
 
 
 def _flatten(value: Any, where: str = "") -> dict[str, Any]:
-    """Return the leaves of nested tables by dotted key, without the keys that may change."""
+    """Return the leaves of nested tables by dotted key."""
     if not isinstance(value, dict):
         return {where: value}
     leaves: dict[str, Any] = {}
     for key, inner in value.items():
-        if key not in _FREE_KEYS:
-            leaves |= _flatten(inner, f"{where}.{key}" if where else key)
+        leaves |= _flatten(inner, f"{where}.{key}" if where else key)
     return leaves
 
 

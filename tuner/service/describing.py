@@ -4,16 +4,15 @@ import shutil
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from tuner.data.index import Split
-from tuner.data.splits import has_test, pack_splits
+from tuner.data.splits import has_test, pack_splits, search_rows
+from tuner.data.store import check_room
 from tuner.models.backbone import check_forward, create_backbone, read_preprocessing
 from tuner.models.hub import check_reach
 from tuner.models.layers import group_layers
@@ -33,18 +32,22 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
     """Look at everything that a study needs, without decoding an image or downloading a weight.
 
     Raises:
-        DataError, ModelError: If something cannot be used.
+        DataError, ModelError, StorageError: If something cannot be used.
     """
     started = perf_counter()
+    names = spec.backbone_names()
+    preprocessing = {
+        name: asdict(read_preprocessing(name, spec.backbones.get(name, BackboneSection()))) for name in names
+    }
+    interpolations = {each["interpolation"] for each in preprocessing.values()}
+    store_bytes = check_room(data.index, search_rows(data.splits), spec.data, interpolations=interpolations)
     group_counts, n_params, weights, fingerprints = {}, {}, {}, {}
     seconds_per_image: dict[str, float] = {}
-    preprocessing: dict[str, dict[str, Any]] = {}
-    for name in spec.backbone_names():
+    for name in names:
         model = _make_checked(name, spec, n_classes=len(data.index.classes))
         group_counts[name] = len(group_layers(model))
         n_params[name] = sum(parameter.numel() for parameter in model.parameters())
         weights[name], fingerprints[name] = _identify_weights(name, spec)
-        preprocessing[name] = asdict(read_preprocessing(name, spec.backbones.get(name, BackboneSection())))
         if timed and perf_counter() - started < _TIMING_SECONDS:
             seconds_per_image[name] = _time_image(model, spec.data.image_size)
     return Description(
@@ -58,8 +61,8 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
         fingerprints=fingerprints,
         preprocessing=preprocessing,
         versions=_list_versions(),
-        store_bytes=_count_store_bytes(spec, data, {each["interpolation"] for each in preprocessing.values()}),
-        free_bytes=_count_free_bytes(cache_root()),
+        store_bytes=store_bytes,
+        free_bytes=shutil.disk_usage(cache_root()).free,
         seconds_per_image=seconds_per_image,
         notes=_list_notes(data),
     )
@@ -99,19 +102,6 @@ def _time_image(model: nn.Module, image_size: int) -> float:
 
 def _count_splits(data: StudyData) -> dict[str, int]:
     return {split.name.lower(): int(np.count_nonzero(data.splits == split)) for split in Split}
-
-
-def _count_store_bytes(spec: StudySpec, data: StudyData, interpolations: set[str]) -> int:
-    """Return the disk that the decoded images take: one copy for each way of resizing."""
-    n_images = int(np.count_nonzero(data.splits != Split.TEST))
-    return len(interpolations) * n_images * 3 * spec.data.image_size**2
-
-
-def _count_free_bytes(folder: Path) -> int:
-    """Return the free disk of a folder, or of the nearest one above it that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def _list_versions() -> dict[str, str]:

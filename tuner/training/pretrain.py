@@ -19,7 +19,7 @@ from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import ImageIndex, Split
 from tuner.data.sources import read_index
 from tuner.data.splits import cut_splits, hash_data
-from tuner.errors import ModelError
+from tuner.errors import DataError, ModelError
 from tuner.models.backbone import Preprocessing, create_backbone, read_preprocessing
 from tuner.models.layers import group_layers
 from tuner.models.weights import find_weights, load_weights
@@ -106,7 +106,11 @@ def _make_plan(name: str, spec: StudySpec) -> _Plan:
         raise ValueError("spec.pretraining: must be given, got None")
     section = spec.backbones.get(name, BackboneSection())
     section = section.model_copy(update={"weights": section.weights or "random", "keep_head": False})
-    index = read_index(spec.pretraining.data)
+    try:
+        index = read_index(spec.pretraining.data)
+        splits = cut_splits(index, spec.pretraining.data, spec.study.seed)
+    except DataError as error:
+        raise DataError(f"pretraining.{error}") from error
     return _Plan(
         name=name,
         section=section,
@@ -115,7 +119,7 @@ def _make_plan(name: str, spec: StudySpec) -> _Plan:
         seed=spec.study.seed,
         preprocessing=read_preprocessing(name, section),
         index=index,
-        splits=cut_splits(index, spec.pretraining.data, spec.study.seed),
+        splits=splits,
     )
 
 
