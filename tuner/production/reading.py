@@ -107,12 +107,24 @@ def describe_trial(trial: dict[str, Any]) -> str:
     )
     lines = [f"trial {trial['number']} of {trial['study']}: {trial['state'].lower()}{reason}{value}"]
     lines += [f"  {name} = {value}" for name, value in (trial["recipe"] or trial["params"]).items()]
+    lines += ["", *_list_log(trial)]
     if epochs := trial.get(EPOCHS_ATTR):
         lines += ["", "  ".join(name.rjust(12) for name in _EPOCH_COLUMNS)]
         lines += ["  ".join(f"{epoch[name]:12.4g}" for name in _EPOCH_COLUMNS) for epoch in epochs]
     if "traceback" in trial:
         lines += ["", trial["traceback"].rstrip()]
     return "\n".join(lines)
+
+
+def _list_log(trial: dict[str, Any]) -> list[str]:
+    """Return what happened to a trial, when."""
+    log = [f"{trial['started']}  started on {trial.get('device', '?')}"] if trial["started"] else []
+    if "retry_of" in trial:
+        log.insert(0, f"queued again for trial {trial['retry_of']}, whose run ended")
+    if trial["ended"]:
+        took = f" after {trial['seconds']:.1f} s of training" if "seconds" in trial else ""
+        log.append(f"{trial['ended']}  {trial['state'].lower()}{took}")
+    return log
 
 
 def delete_study(study: str, storage: str | None = None) -> None:
@@ -123,10 +135,8 @@ def delete_study(study: str, storage: str | None = None) -> None:
     """
     with open_existing(storage) as (opened, url):
         load_stored(opened, study)
-        lock = study_lock_path(url, study)
-        with hold_lock(lock) as is_free:
+        with hold_lock(study_lock_path(url, study)) as is_free:
             if not is_free:
                 raise StudyError(f"study {study!r}: must not be running, a 'tuner run' holds it")
             delete_stored(opened, study)
             remove_models(url, study)
-            lock.unlink(missing_ok=True)

@@ -90,8 +90,11 @@ class TrialBook:
         """Whether there is no point left to ask for."""
         return self._is_exhausted
 
-    def ask(self) -> tuple[int, TrialParams] | None:
+    def ask(self, device: str = "") -> tuple[int, TrialParams] | None:
         """Start the next trial, a queued one first.
+
+        Args:
+            device: Where it will run; kept with the trial.
 
         Returns:
             Its number and its resolved params; None if a grid has no point left.
@@ -103,6 +106,7 @@ class TrialBook:
         params = self._resolve(trial.number, trial.params)
         trial.set_user_attr(PARAMS_ATTR, params.to_json())
         trial.set_user_attr("unfrozen_layers_resolved", params.unfrozen_layers)
+        trial.set_user_attr("device", device)
         self._running[trial.number] = trial
         self._epochs[trial.number] = []
         return trial.number, params
@@ -139,13 +143,13 @@ class TrialBook:
         best = find_best(self._study)
         return best.number if best else None
 
-    def would_be_best(self, value: float) -> bool:
-        """Whether a trial that completes with this value would be the study's best."""
+    def would_be_best(self, number: int, value: float) -> bool:
+        """Whether a trial that completes with this value would be the study's best, as ``find_best`` picks it."""
         best = find_best(self._study)
         if best is None or best.value is None:
             return True
-        minimise = self._study.direction == optuna.study.StudyDirection.MINIMIZE
-        return value < best.value if minimise else value > best.value
+        sign = -1 if self._study.direction == optuna.study.StudyDirection.MINIMIZE else 1
+        return (sign * value, -number) > (sign * best.value, -best.number)
 
     def tell(self, number: int, outcome: TrialOutcome) -> float | None:
         """Finish a running trial, and queue its point again if it was lost.

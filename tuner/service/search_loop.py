@@ -122,7 +122,7 @@ class SearchLoop:
             worker.send(job)
 
     def _start_trial(self, worker: Worker) -> bool:
-        asked = self._book.ask()
+        asked = self._book.ask(worker.slot.device if worker.slot else "")
         if asked is None:
             return False
         number, params = asked
@@ -166,7 +166,7 @@ class SearchLoop:
         self._display.show(epoch)
         if must_stop:
             worker.send(Verdict(action="stop"))
-        elif done.result.epoch == n_epochs and self._book.would_be_best(value):
+        elif done.result.epoch == n_epochs and self._book.would_be_best(done.number, value):
             worker.send(self._ask_to_keep(done.number, value))
         else:
             worker.send(Verdict(action="go_on"))

@@ -177,16 +177,20 @@ def test_report_never_prunes_after_the_last_epoch(tmp_path: Path) -> None:
 
 
 def test_would_be_best_compares_with_the_objective(tmp_path: Path) -> None:
-    """Only what beats the best counts as best; the first always does."""
+    """Accuracy goes up, loss goes down; of equals the earlier trial is the best, as ``best_number`` has it."""
     book, _ = open_book(tmp_path)
-    assert book.would_be_best(0.0)
-    run_trial(book, (0.1, 0.2, 0.5))
-    assert (book.would_be_best(0.5), book.would_be_best(0.51)) == (False, True)
-    (tmp_path / "loss").mkdir()
-    minimising, _ = open_book(tmp_path / "loss", study={"objective": "val_loss"})
-    run_trial(minimising, (0.1, 0.2, 0.5))
-    assert (minimising.would_be_best(0.5), minimising.would_be_best(0.49)) == (False, True)
-    assert minimising.best_number() == 0
+    assert book.would_be_best(0, 0.0)
+    first, _ = ask(book)
+    best = run_trial(book, (0.1, 0.2, 0.5))
+    assert [book.would_be_best(best + 1, value) for value in (0.5, 0.51)] == [False, True]
+    assert book.would_be_best(first, 0.5)
+    for epoch, value in enumerate((0.1, 0.2, 0.5), start=1):
+        book.report(first, make_epoch(epoch, value))
+    book.tell(first, TrialOutcome(state=TrialState.COMPLETE))
+    assert book.best_number() == first
+    minimising, _ = open_book(tmp_path, study={"name": "loss", "objective": "val_loss"})
+    best = run_trial(minimising, (0.1, 0.2, 0.5))
+    assert [minimising.would_be_best(best + 1, value) for value in (0.5, 0.49)] == [False, True]
 
 
 # --- the exact count ---
