@@ -40,6 +40,18 @@ def test_list_status_trials_and_show_agree(place: Place) -> None:
     assert sum(map(sum, shown["class_report"]["confusion_matrix"])) > 0
 
 
+def test_check_says_what_a_run_would_resume(place: Place) -> None:
+    """Before any training: how many trials there are, and that another recipe would be refused."""
+    code, output = place.call("check", str(place.study_file))
+    assert code == 0, output
+    assert "storage: goes on after 4 trials" in output
+    other = place.folder / "other.toml"
+    other.write_text(place.study_file.read_text().replace("epochs = 2", "epochs = 3"))
+    code, output = place.call("check", str(other))
+    assert code == 4
+    assert "training.epochs: 2 in the study, 3 in the study file" in output
+
+
 def test_best_prints_a_recipe_that_other_programs_can_read(place: Place) -> None:
     """TOML and JSON hold the same resolved recipe."""
     from_json = json.loads(place.call("best", "digits", "--format", "json")[1])

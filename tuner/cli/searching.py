@@ -35,8 +35,9 @@ def init(folder: Path, out: Path | None) -> None:
 
 @click.command()
 @click.argument("study_file", type=click.Path(path_type=Path))
+@storage_option
 @json_option
-def check(study_file: Path, as_json: bool) -> None:
+def check(study_file: Path, storage: str | None, as_json: bool) -> None:
     """Say what is wrong with a study file, or what it would do.
 
     \b
@@ -46,7 +47,7 @@ def check(study_file: Path, as_json: bool) -> None:
     from tuner.service.plan import describe_plan, make_plan
     from tuner.spec.study import load_spec
 
-    plan = make_plan(load_spec(study_file))
+    plan = make_plan(load_spec(study_file), storage=storage)
     click.echo(json.dumps(plan.to_json(), indent=2) if as_json else describe_plan(plan))
 
 

@@ -106,11 +106,23 @@ def open_study(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> Store
 
 def _resume(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
     study = optuna.load_study(storage=storage, study_name=spec.study.name)
-    if SPEC_ATTR not in study.user_attrs:
-        if study.get_trials(deepcopy=False):
-            raise StudyError(f"study.name: {spec.study.name!r} is a study of another program; choose another name")
+    if _was_cut_off(study):
         optuna.delete_study(storage=storage, study_name=spec.study.name)
         return open_study(storage, spec, facts)
+    stored = _read_same(study, spec, facts)
+    study.set_user_attr(SPEC_ATTR, spec.model_dump_json())
+    return _equip(storage, spec, stored.facts)
+
+
+def _was_cut_off(study: optuna.Study) -> bool:
+    """Whether a kill came while a study of ours was made: it has neither a spec, nor anything of anyone else's."""
+    return set(study.user_attrs) <= {FACTS_ATTR} and not study.get_trials(deepcopy=False)
+
+
+def _read_same(study: optuna.Study, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
+    """Read a stored study, and refuse it if it is not the study file's."""
+    if SPEC_ATTR not in study.user_attrs:
+        raise StudyError(f"study.name: must be free, got {study.study_name!r} of another program; choose another name")
     stored = _read_attrs(study)
     changes = find_changes(stored.spec, spec) + find_changed_facts(stored.facts, facts)
     if changes:
@@ -119,8 +131,26 @@ def _resume(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredSt
             f"study {spec.study.name!r}: the stored study must be the study file's, but these differ "
             f"(restore them, choose another study.name, or 'tuner delete' the old study):\n  {lines}"
         )
-    study.set_user_attr(SPEC_ATTR, spec.model_dump_json())
-    return _equip(storage, spec, stored.facts)
+    return stored
+
+
+def check_stored(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> int | None:
+    """Say what a run would resume, without changing anything.
+
+    Returns:
+        Trials that count already; None if the study is not stored yet.
+
+    Raises:
+        StudyError: If a stored study of this name differs in what its results depend on.
+    """
+    if spec.study.name not in optuna.get_all_study_names(storage=storage):
+        return None
+    study = optuna.load_study(storage=storage, study_name=spec.study.name)
+    if _was_cut_off(study):
+        return None
+    _read_same(study, spec, facts)
+    counts = count_states(study)
+    return counts["COMPLETE"] + counts["PRUNED"]
 
 
 def _equip(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:

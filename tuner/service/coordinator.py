@@ -15,12 +15,11 @@ from tuner.search.storage import (
     study_lock_path,
     use_storage,
 )
-from tuner.search.studies import StoredStudy, StudyFacts, find_best, find_changes, load_stored, open_study
-from tuner.service.messages import Description
+from tuner.search.studies import StoredStudy, find_best, find_changes, load_stored, open_study
 from tuner.service.pool import Pool
 from tuner.service.progress import ActivityChanged, Display, Noted, SilentDisplay
 from tuner.service.result import StudyStatus, is_finished, read_status
-from tuner.service.scouting import scout_study
+from tuner.service.scouting import collect_facts, scout_study
 from tuner.service.search_loop import SearchLoop
 from tuner.service.signals import StopSignals
 from tuner.spec.sections import StudySpec
@@ -58,7 +57,7 @@ def run_study(
             shown.show(ActivityChanged(worker=0, text=""))
             for note in scouted.description.notes:
                 shown.show(Noted(text=note))
-            stored = open_study(opened, spec, _collect_facts(scouted.description))
+            stored = open_study(opened, spec, collect_facts(scouted.description))
             return SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals).run()
 
 
@@ -101,17 +100,3 @@ def _hide_cuda(spec: StudySpec) -> Iterator[dict[str, str]]:
             os.environ["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"]
         else:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-
-
-def _collect_facts(description: Description) -> StudyFacts:
-    """Return what is stored with the study."""
-    return StudyFacts(
-        data_hash=description.data_hash,
-        classes=description.classes,
-        splits=description.splits,
-        split_counts=description.split_counts,
-        group_counts=description.group_counts,
-        weights=description.fingerprints,
-        preprocessing=description.preprocessing,
-        versions=description.versions,
-    )

@@ -3,10 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tuner.search.storage import find_database, resolve_url, use_storage
+from tuner.search.studies import check_stored
 from tuner.service.messages import Description
 from tuner.service.pool import Pool
 from tuner.service.progress import format_seconds
-from tuner.service.scouting import scout_study
+from tuner.service.scouting import collect_facts, scout_study
 from tuner.service.slots import Slot
 from tuner.spec.sections import StudySpec
 from tuner.spec.space import describe
@@ -36,22 +38,30 @@ class Plan:
     estimated_seconds: float | None
     """Of all trials without pruning, with every layer trained; None on CUDA, which is not timed."""
     notes: tuple[str, ...]
+    n_stored: int | None
+    """Trials that the storage already holds of this study and that count; None for a new study."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object."""
         return asdict(self)
 
 
-def make_plan(spec: StudySpec, *, n_workers: int | None = None) -> Plan:
+def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | None = None) -> Plan:
     """Look at the data, the backbones and the devices, and say what a run would do. Nothing is stored.
 
     Raises:
         TunerError: If a run would be refused.
     """
+    url = resolve_url(storage, spec.study.storage)
+    has_database = find_database(url).is_file()
     with Pool() as pool:
         scouted = scout_study(pool, spec, n_workers=n_workers, timed=True, starts_workers=False)
     assert scouted is not None  # noqa: S101 - nothing asked it to stop
     description = scouted.description
+    n_stored = None
+    if has_database:
+        with use_storage(url) as opened:
+            n_stored = check_stored(opened, spec, collect_facts(description))
     return Plan(
         name=spec.study.name,
         n_trials=spec.search.n_trials,
@@ -69,6 +79,7 @@ def make_plan(spec: StudySpec, *, n_workers: int | None = None) -> Plan:
         free_bytes=description.free_bytes,
         estimated_seconds=_estimate_seconds(spec, description, scouted.slots),
         notes=description.notes,
+        n_stored=n_stored,
     )
 
 
@@ -98,6 +109,7 @@ def describe_plan(plan: Plan) -> str:
         f"workers: {len(plan.devices)} ({', '.join(plan.devices)})",
         f"disk: {plan.store_bytes / _GIGABYTE:.2f} GB of decoded images, {plan.free_bytes / _GIGABYTE:.1f} GB free",
         f"time: {_describe_time(plan)}",
+        "storage: a new study" if plan.n_stored is None else f"storage: goes on after {plan.n_stored} trials",
         *plan.notes,
     ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tuner.errors import SearchError, SpecError
 from tuner.search.distributions import check_group_counts
+from tuner.search.studies import StudyFacts
 from tuner.service.messages import Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker
 from tuner.service.slots import Slot, list_slots, usable_cores
@@ -124,3 +125,17 @@ def check_description(spec: StudySpec, description: Description) -> None:
             where, largest = "training.batch_size", int(spec.training.batch_size or 1)
     if largest > n_train:
         raise SpecError(f"{where}: must not exceed {n_train}, the number of training images, got {largest}")
+
+
+def collect_facts(description: Description) -> StudyFacts:
+    """Return what is stored with a study of what its first worker found."""
+    return StudyFacts(
+        data_hash=description.data_hash,
+        classes=description.classes,
+        splits=description.splits,
+        split_counts=description.split_counts,
+        group_counts=description.group_counts,
+        weights=description.fingerprints,
+        preprocessing=description.preprocessing,
+        versions=description.versions,
+    )
