@@ -130,7 +130,7 @@ def test_delete_asks_first_and_removes_the_models(tmp_path: Path) -> None:
     assert place.call("status", "digits")[0] == 0
     assert place.call("delete", "digits", "--yes")[0] == 0
     assert place.call("status", "digits")[0] == 4
-    assert not (tmp_path / "studies.models" / "digits").exists()
+    assert not (tmp_path / "studies.db.models" / "digits").exists()
 
 
 def test_init_writes_a_study_file_that_check_accepts(tmp_path: Path) -> None:

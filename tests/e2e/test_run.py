@@ -50,7 +50,7 @@ def test_run_reaches_the_exact_count_and_prints_what_to_do_next(tmp_path: Path) 
     assert {"unfrozen_layers_resolved", "seconds", "images_per_second", "epochs", "class_report"} <= set(
         best.user_attrs
     )
-    assert (tmp_path / "studies.models" / "digits" / f"trial-{best.number}" / "model.safetensors").is_file()
+    assert (tmp_path / "studies.db.models" / "digits" / f"trial-{best.number}" / "model.safetensors").is_file()
     assert place.list_workers() == []
 
 

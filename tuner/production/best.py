@@ -79,7 +79,11 @@ def _write_value(value: Any) -> str:
             return f"{{ {inner} }}" if inner else "{}"
         case list() | tuple():
             return f"[{', '.join(_write_value(each) for each in value)}]"
-        case bool() | str():
+        case bool():
             return json.dumps(value)
-        case _:
+        case str():
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case int() | float():
             return repr(value)
+        case _:
+            raise TypeError(f"TOML has no {type(value).__name__}")

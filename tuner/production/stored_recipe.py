@@ -15,7 +15,7 @@ from tuner.production.reading import open_stored
 from tuner.search.studies import StudyFacts
 from tuner.service.study_data import StudyData, read_study_data
 from tuner.spec.sections import BackboneSection, StudySpec
-from tuner.training.pretrain import find_pretrained
+from tuner.training.pretrain import identify_pretraining
 from tuner.trial import TrialParams
 
 
@@ -116,9 +116,8 @@ def compare_weights(recipe: StoredRecipe) -> str:
     backbone = recipe.params.backbone
     then = recipe.facts.weights[backbone]
     if recipe.spec.pretraining is not None:
-        # The name of the file stands for all that decides its content, versions of torch and timm included.
-        is_same = find_pretrained(backbone, recipe.spec)[0].stem == then
-        return "" if is_same else f"pretraining of {backbone}: other data or versions than in the search, made anew"
+        is_same = identify_pretraining(backbone, recipe.spec) == then
+        return "" if is_same else f"pretraining of {backbone}: other data than in the search, made anew"
     info = find_weights(backbone, recipe.section)
     if info.fingerprint != then:
         raise ModelError(

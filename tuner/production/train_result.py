@@ -77,7 +77,7 @@ def add_result_files(folder: Path, result: TrainResult, recipe_tables: dict[str,
         result: Of the retraining.
         recipe_tables: What ``best_params`` returned.
     """
-    metrics = json.dumps(result.to_json(), indent=1, ensure_ascii=False)
+    metrics = json.dumps(result.to_json(), indent=1)
     (folder / METRICS_NAME).write_text(f"{metrics}\n", encoding="utf-8")
     (folder / PARAMS_NAME).write_text(write_toml(recipe_tables), encoding="utf-8")
     if result.test is not None:

@@ -1,6 +1,7 @@
 """From the study file's space to Optuna's distributions, and from what Optuna suggests to a resolved recipe."""
 
 import itertools
+import math
 import random
 import sys
 from collections.abc import Iterator, Mapping
@@ -187,3 +188,8 @@ def _list_values(distribution: BaseDistribution) -> Iterator[Any]:
             yield from (float(low + number * exact_step) for number in range(n_steps + 1))
         case _:
             raise TypeError(f"not finite: {distribution}")
+
+
+def count_grid(distributions: Mapping[str, BaseDistribution]) -> int:
+    """Return how many points a finite space has."""
+    return math.prod(len(list(_list_values(each))) for each in distributions.values())

@@ -94,7 +94,8 @@ def use_storage(url: str, *, create: bool = False) -> Iterator[RDBStorage]:
 def _connect(path: Path, *, create: bool) -> RDBStorage:
     try:
         return RDBStorage(
-            f"sqlite:///{path}",
+            # Not an f-string: "?" and "#" may stand in a path.
+            sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(),
             engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}},
             skip_table_creation=not create,
         )
@@ -147,7 +148,7 @@ def _sqlite(path: Path) -> Iterator[sqlite3.Connection]:
 def files_folder(url: str) -> Path:
     """Return the folder beside the database that holds what its studies keep in files."""
     path = find_database(url)
-    return path.with_name(f"{path.stem}.models")
+    return path.with_name(f"{path.name}.models")
 
 
 def study_slug(name: str) -> str:

@@ -13,6 +13,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState as OptunaState
 
 from tuner.errors import StudyError
+from tuner.search.distributions import count_grid, make_distributions
 from tuner.search.pruners import make_pruner
 from tuner.search.samplers import make_sampler
 from tuner.spec.sections import StudySpec
@@ -227,11 +228,8 @@ def load_stored(storage: RDBStorage, name: str) -> StoredStudy:
 
 def _read_attrs(study: optuna.Study) -> StoredStudy:
     attrs = study.user_attrs
-    return StoredStudy(
-        study=study,
-        spec=StudySpec.model_validate_json(attrs[SPEC_ATTR]),
-        facts=StudyFacts.from_json(attrs[FACTS_ATTR]),
-    )
+    facts = StudyFacts.from_json(attrs[FACTS_ATTR])  # first: it says so if another version made the study
+    return StoredStudy(study=study, spec=StudySpec.model_validate_json(attrs[SPEC_ATTR]), facts=facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,14 +259,31 @@ def list_studies(storage: RDBStorage) -> list[StudySummary]:
 
 
 def _summarise(study: optuna.Study) -> StudySummary:
-    ours = _read_attrs(study) if SPEC_ATTR in study.user_attrs else None
+    try:
+        ours = _read_attrs(study) if SPEC_ATTR in study.user_attrs else None
+    except StudyError:  # another version's: it must not hide the others
+        ours = None
+    best = find_best(study) if ours else None
     return StudySummary(
         name=study.study_name,
         objective=ours.spec.study.objective if ours else "?",
         counts=count_states(study),
-        n_trials=ours.spec.search.n_trials if ours else None,
-        best_value=best.value if (best := find_best(study)) else None,
+        n_trials=count_wanted(ours) if ours else None,
+        best_value=best.value if best else None,
     )
+
+
+def count_wanted(stored: StoredStudy) -> int:
+    """Return how many trials the study is to have: ``n_trials``, or the points of a smaller grid."""
+    n_trials = stored.spec.search.n_trials
+    if stored.spec.search.sampler != "grid":
+        return n_trials
+    return min(n_trials, count_grid(make_distributions(stored.spec, stored.facts.group_counts)))
+
+
+def store_spec(stored: StoredStudy) -> None:
+    """Write the spec of a study that goes on with other free keys, such as another number of trials."""
+    stored.study.set_user_attr(SPEC_ATTR, stored.spec.model_dump_json())
 
 
 def count_states(study: optuna.Study) -> dict[str, int]:

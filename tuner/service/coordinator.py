@@ -15,7 +15,7 @@ from tuner.search.storage import (
     study_lock_path,
     use_storage,
 )
-from tuner.search.studies import StoredStudy, find_best, find_changes, load_stored, open_study
+from tuner.search.studies import StoredStudy, find_best, find_changes, load_stored, open_study, store_spec
 from tuner.service.pool import Pool
 from tuner.service.progress import ActivityChanged, Display, Noted, SilentDisplay
 from tuner.service.result import StudyStatus, is_finished, read_status
@@ -82,9 +82,13 @@ def _find_finished(storage: RDBStorage, spec: StudySpec) -> StoredStudy | None:
         stored = load_stored(storage, spec.study.name)
     except StudyError:
         return None
+    if find_changes(stored.spec, spec):
+        return None
     stored = StoredStudy(study=stored.study, spec=spec, facts=stored.facts)
-    is_same = not find_changes(load_stored(storage, spec.study.name).spec, spec)
-    return stored if is_same and is_finished(stored) and find_best(stored.study) else None
+    if not is_finished(stored) or not find_best(stored.study):
+        return None
+    store_spec(stored)
+    return stored
 
 
 @contextmanager

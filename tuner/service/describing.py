@@ -21,7 +21,7 @@ from tuner.paths import cache_root
 from tuner.service.messages import Description
 from tuner.service.study_data import StudyData
 from tuner.spec.sections import BackboneSection, StudySpec
-from tuner.training.pretrain import find_pretrained
+from tuner.training.pretrain import find_pretrained, identify_pretraining
 
 _TIMED_IMAGES = 8
 _TIMING_SECONDS = 8.0
@@ -83,8 +83,8 @@ def _make_checked(name: str, spec: StudySpec, *, n_classes: int) -> nn.Module:
 def _identify_weights(name: str, spec: StudySpec) -> tuple[str, str]:
     """Return where a backbone's weights come from, for a person, and what identifies them."""
     if spec.pretraining is not None:
-        path, is_there = find_pretrained(name, spec)
-        return f"pretraining ({'cached' if is_there else 'to do'})", path.stem
+        _, is_there = find_pretrained(name, spec)
+        return f"pretraining ({'cached' if is_there else 'to do'})", identify_pretraining(name, spec)
     info = find_weights(name, spec.backbones.get(name, BackboneSection()))
     return f"{info.kind}: {info.detail}" if info.detail != info.kind else info.kind, info.fingerprint
 

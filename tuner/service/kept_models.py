@@ -18,13 +18,21 @@ def model_folder(url: str, study_name: str, number: int) -> Path:
 
 
 def remove_models(url: str, study_name: str, *, keep: Iterable[int] = ()) -> None:
-    """Remove a study's kept models, but for those of some trials."""
+    """Remove a study's kept models, but for those of some trials and those that a worker is writing."""
     folder = models_folder(url, study_name)
     spared = {f"trial-{number}" for number in keep}
     if not folder.is_dir():
         return
     for model in folder.iterdir():
-        if model.name not in spared:
+        if model.name not in spared and not model.name.startswith("."):
             shutil.rmtree(model, ignore_errors=True)
     if not spared:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_halves(url: str, study_name: str) -> None:
+    """Remove what killed workers left half written. Only while no run of the study is under way."""
+    folder = models_folder(url, study_name)
+    if folder.is_dir():
+        for half in folder.glob(".*"):
+            shutil.rmtree(half, ignore_errors=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from tuner.search.studies import StoredStudy, count_states, find_best
+from tuner.search.studies import StoredStudy, count_states, count_wanted, find_best
 from tuner.search.trial_book import PARAMS_ATTR, count_reasons
 from tuner.service.kept_models import model_folder
 
@@ -61,7 +61,7 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
         name=stored.name,
         storage=url,
         objective=stored.spec.study.objective,
-        n_trials=stored.spec.search.n_trials,
+        n_trials=count_wanted(stored),
         counts=count_states(stored.study),
         reasons={f"{state}: {reason}": count for (state, reason), count in sorted(count_reasons(stored.study).items())},
         best=_describe_best(best) if best else None,
@@ -82,7 +82,7 @@ def _describe_best(trial: FrozenTrial) -> BestTrial:
 def is_finished(stored: StoredStudy) -> bool:
     """Whether the study has all its trials."""
     states = (OptunaState.COMPLETE, OptunaState.PRUNED)
-    return len(stored.study.get_trials(deepcopy=False, states=states)) >= stored.spec.search.n_trials
+    return len(stored.study.get_trials(deepcopy=False, states=states)) >= count_wanted(stored)
 
 
 def describe_status(status: StudyStatus) -> str:

@@ -6,7 +6,7 @@ from collections import deque
 from tuner.errors import SearchError
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
-from tuner.service.kept_models import model_folder, remove_models
+from tuner.service.kept_models import model_folder, remove_halves, remove_models
 from tuner.service.messages import EpochDone, Hello, Note, Prepare, Prepared, Reply, Train, TrialDone, Verdict
 from tuner.service.pool import Pool, Worker
 from tuner.service.progress import (
@@ -57,6 +57,7 @@ class SearchLoop:
         """
         if n_orphans := self._book.prepare():
             self._display.show(Noted(text=f"{n_orphans} trials of a killed run are queued again"))
+        remove_halves(self._url, self._spec.study.name)
         self._remove_old_models()
         self._display.show(Counted(n_done=self._book.count_finished(), n_trials=self._n_wanted()))
         try:
@@ -207,6 +208,7 @@ class SearchLoop:
     def _lose(self, worker: Worker) -> None:
         """Tell the trial of a dead worker, and start another worker in its slot."""
         message = worker.describe_end()
+        self._display.show(ActivityChanged(worker=worker.number, text=""))
         self._display.show(Noted(text=f"{message}; another one takes its place"))
         self._ready.discard(worker.number)
         match self._busy.pop(worker.number, None):

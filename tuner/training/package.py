@@ -21,6 +21,8 @@ from tuner.trial import TrialParams
 
 WEIGHTS_NAME = "model.safetensors"
 MANIFEST_NAME = "model.json"
+_OWN_NAMES = {WEIGHTS_NAME, MANIFEST_NAME, "metrics.json", "params.toml", "confusion_matrix.png"}
+"""All that a model folder may hold."""
 _FORMAT = 1
 
 
@@ -95,12 +97,13 @@ def write_package(
     try:
         with _replacing_folder(folder) as temporary:
             save_file(state, temporary / WEIGHTS_NAME)
-            text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False)
+            text = json.dumps(manifest.to_json(), indent=1)
             (temporary / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
             if add_files is not None:
                 add_files(temporary)
-    except OSError as error:
-        raise ExportError(f"{folder}: must be a folder that can be written, got: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(f"{folder}: must be a folder that can be written, got: {reason}") from error
 
 
 def read_package(folder: Path, *, allow_code: bool = False) -> tuple[nn.Module, Manifest]:
@@ -158,9 +161,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no model folder."""
-    if folder.is_dir() and not (folder / MANIFEST_NAME).is_file() and any(folder.iterdir()):
-        raise ExportError(f"{folder}: must be new, empty or an older model folder, got a folder with other files")
+    """Refuse to replace what is no model folder, or holds anything that is not ours: it would be deleted.
+
+    Raises:
+        ExportError: If it must not be replaced.
+    """
+    if folder.is_dir() and (foreign := sorted({path.name for path in folder.iterdir()} - _OWN_NAMES)):
+        shown = ", ".join(foreign[:3])
+        raise ExportError(f"{folder}: must be new, empty or an older model folder, got a folder with {shown}")
+    if folder.is_dir() and any(folder.iterdir()):
+        read_manifest(folder)
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder}: must be new, empty or an older model folder, got a file")
 

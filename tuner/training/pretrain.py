@@ -19,14 +19,14 @@ from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import ImageIndex, Split
 from tuner.data.sources import read_index
 from tuner.data.splits import cut_splits, hash_data
-from tuner.errors import DataError, ModelError
-from tuner.models.backbone import Preprocessing, create_backbone, read_preprocessing
+from tuner.errors import DataError, DeviceError, ModelError, StorageError
+from tuner.models.backbone import Preprocessing, create_backbone, is_own, read_preprocessing
 from tuner.models.layers import group_layers
 from tuner.models.weights import find_weights, load_weights
 from tuner.paths import cache_root, replacing
 from tuner.spec.sections import BackboneSection, PretrainingSection, StudySpec
 from tuner.spec.space import PARAMETERS
-from tuner.training.device import seed_everything
+from tuner.training.device import is_out_of_memory, seed_everything
 from tuner.training.loop import Diverged, TrainingJob, train_epochs
 from tuner.training.prepare import strip_head
 from tuner.trial import EpochResult, TrialParams
@@ -77,10 +77,13 @@ def pretrain_backbone(
         return path
     model = _start_model(plan)
     epochs = _train_model(plan, model, device, on_epoch)
-    with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps({"facts": facts, "epochs": epochs}, indent=1), encoding="utf-8")
-    with replacing(path) as temporary:
-        save_file(strip_head(model), temporary)
+    try:
+        with replacing(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps({"facts": facts, "epochs": epochs}, indent=1), encoding="utf-8")
+        with replacing(path) as temporary:
+            save_file(strip_head(model), temporary)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
+        raise StorageError(f"TUNER_CACHE_DIR: must be a folder that can be written, got '{path}' ({error})") from error
     return path
 
 
@@ -93,6 +96,18 @@ def find_pretrained(name: str, spec: StudySpec) -> tuple[Path, bool]:
     """
     path = _place(_list_facts(_make_plan(name, spec)))
     return path, _is_readable(path)
+
+
+def identify_pretraining(name: str, spec: StudySpec) -> str:
+    """Return what differs when the pretraining does; unlike the file's name it stays the same under other versions.
+
+    Raises:
+        DataError: If the source data set cannot be used.
+        ModelError: If the backbone cannot be used.
+    """
+    facts = _list_facts(_make_plan(name, spec))
+    lasting = {key: value for key, value in facts.items() if key not in {"torch", "timm"}}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 def _place(facts: dict[str, Any]) -> Path:
@@ -185,6 +200,14 @@ def _train_model(
     except Diverged as error:
         lr = plan.pretraining.lr
         raise ModelError(f"pretraining.lr: must let {plan.name} converge, got {lr:g}; {error}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            batch_size = plan.pretraining.batch_size
+            raise DeviceError(f"pretraining.batch_size: must fit the memory, got {batch_size} ({error})") from error
+        if is_own(plan.name):
+            what = f"must train without an error, got {type(error).__name__}: {error}"
+            raise ModelError(f"space.backbone: '{plan.name}' {what}") from error
+        raise
     return epochs
 
 

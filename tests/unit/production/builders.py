@@ -20,7 +20,7 @@ from tuner.search.trial_book import TrialBook
 from tuner.service.study_data import read_study_data
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.spec.study import parse_spec
-from tuner.training.pretrain import find_pretrained
+from tuner.training.pretrain import identify_pretraining
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialState
 
 SMALL_CNN = "tuner:small_cnn"
@@ -78,7 +78,7 @@ def make_facts(spec: StudySpec) -> StudyFacts:
         split_counts=dict(zip(("train", "val", "test"), counts, strict=True)),
         group_counts={name: len(group_layers(model)) for name, model in models.items()},
         weights={
-            name: find_pretrained(name, spec)[0].stem if spec.pretraining else find_weights(name, section).fingerprint
+            name: identify_pretraining(name, spec) if spec.pretraining else find_weights(name, section).fingerprint
             for name, section in sections.items()
         },
         preprocessing={name: asdict(read_preprocessing(name, section)) for name, section in sections.items()},

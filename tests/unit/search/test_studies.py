@@ -56,7 +56,9 @@ def test_open_study_makes_again_what_was_cut_off(tmp_path: Path) -> None:
 def test_open_study_refuses_a_study_of_another_program(tmp_path: Path) -> None:
     """Trials that are not ours are left alone."""
     optuna.create_study(storage=make_storage(tmp_path), study_name="small").enqueue_trial({"x": 1})
-    with pytest.raises(StudyError, match=r"study\.name: must be free, got 'small' of another program; choose another name"):
+    with pytest.raises(
+        StudyError, match=r"study\.name: must be free, got 'small' of another program; choose another name"
+    ):
         open_small(tmp_path)
 
 

@@ -23,5 +23,5 @@ def test_model_folder_stays_inside_whatever_the_study_is_called(tmp_path: Path) 
     url = f"sqlite:///{tmp_path}/studies.db"
     for name in ("../../etc", "..", ".", "a" * 300, "x\\y"):
         folder = model_folder(url, name, 0).resolve()
-        assert folder.is_relative_to(tmp_path / "studies.models")
+        assert folder.is_relative_to(tmp_path / "studies.db.models")
         assert len(folder.parent.name) < 100
