@@ -125,8 +125,9 @@ def test_delete_asks_first_and_removes_the_models(tmp_path: Path) -> None:
     place = make_place(tmp_path, n_trials=1, epochs=1)
     assert place.run("--quiet")[0] == 0
     code, output = place.call("delete", "digits")
-    assert code != 0
+    assert code == 2
     assert "Delete study 'digits' with 1 trials" in output
+    assert "nothing was changed" in output
     assert place.call("status", "digits")[0] == 0
     assert place.call("delete", "digits", "--yes")[0] == 0
     assert place.call("status", "digits")[0] == 4

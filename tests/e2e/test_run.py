@@ -144,7 +144,8 @@ def test_timeout_starts_no_trial_after_it(tmp_path: Path) -> None:
     place = make_slow_place(tmp_path, n_trials=500)
     code, output = place.run("--timeout", "8s")
     assert code == 0, output
-    assert "stopped by the timeout; go on: tuner run" in output
+    assert "stopped by the timeout; go on: tuner run " in output
+    assert "--workers 2 --timeout 8s" in output.replace("--timeout 8s --workers 2", "--workers 2 --timeout 8s")
     assert 0 < place.count_trials("COMPLETE", "PRUNED") < 500
     assert place.count_trials("RUNNING", "WAITING") == 0
 

@@ -12,6 +12,7 @@ from tuner.cli.using import predict, train
 from tuner.errors import EXIT_SIGINT, TunerError
 
 _EXIT_BROKEN_PIPE = 141
+_EXIT_DECLINED = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -49,9 +50,12 @@ def run_command(arguments: list[str]) -> int:
         for line in str(error).splitlines():
             click.echo(line if line.startswith(" ") else f"error: {line}", err=True)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped", err=True)
-        return EXIT_SIGINT
+    except click.Abort as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            click.echo("stopped", err=True)
+            return EXIT_SIGINT
+        click.echo("nothing was changed", err=True)  # "no" to a question, or nobody there to answer it
+        return _EXIT_DECLINED
     except BrokenPipeError:  # `tuner trials | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BROKEN_PIPE

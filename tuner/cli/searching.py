@@ -30,7 +30,7 @@ def init(folder: Path, out: Path | None) -> None:
     from tuner.service.initial_study import write_initial_study
 
     written, summary = write_initial_study(folder, out)
-    click.echo(f"{summary}\nwrote {written}; next: tuner check {written}")
+    click.echo(f"{summary}\nwrote {written}; next: {shlex.join(['tuner', 'check', str(written)])}")
 
 
 @click.command()
@@ -84,7 +84,10 @@ def run(  # noqa: PLR0917 - click passes each option
     spec = _override(load_spec(study_file), trials, timeout)
     display = make_display(quiet=quiet or as_json)
     status = run_study(spec, storage=storage, n_workers=workers, display=display)
-    click.echo(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, study_file))
+    again = [str(study_file)]
+    for option, value in (("--trials", trials), ("--timeout", timeout), ("--workers", workers), ("--storage", storage)):
+        again += [] if value is None else [option, str(value)]
+    click.echo(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, again))
     return _STOP_CODES.get(status.stopped_by, 0)
 
 
@@ -101,24 +104,32 @@ def _override(spec: "StudySpec", trials: int | None, timeout: str | None) -> "St
     return spec.model_copy(update={"search": spec.search.model_copy(update=changes)})
 
 
-def _conclude(status: "StudyStatus", study_file: Path) -> str:
+def _conclude(status: "StudyStatus", again: list[str]) -> str:
     """Return the result of a run and the next commands to type."""
     from tuner.search.storage import resolve_url
     from tuner.service.result import describe_status
 
-    where = "" if status.storage == resolve_url() else f" --storage {shlex.quote(status.storage)}"
-    name = shlex.quote(status.name)
     lines = [describe_status(status)]
-    if status.n_finished < status.n_trials:
-        why = {"timeout": "the timeout", "sigint": "Ctrl-C", "sigterm": "SIGTERM"}.get(status.stopped_by)
-        lines.append(
-            f"stopped by {why}; go on: tuner run {study_file}{where}" if why else "no point of the grid is left"
-        )
+    if status.stopped_by != "done":
+        why = {"timeout": "the timeout", "sigint": "Ctrl-C", "sigterm": "SIGTERM"}[status.stopped_by]
+        lines.append(f"stopped by {why}; go on: {shlex.join(['tuner', 'run', *again])}")
     if status.best:
-        lines.append("next:")
-        lines.append(f"  tuner best {name} --format toml{where}   # the recipe, for your own training")
-        lines.append(f"  tuner train {name} --out model{where}   # retrain it on train + val, look at test once")
-        lines.append(f"  tuner dashboard{where}   # see every trial")
+        where = [] if status.storage == resolve_url() else ["--storage", status.storage]
+        code = ["--allow-code"] if status.best.needs_code else []
+        best, train, board = (
+            shlex.join(["tuner", *arguments, *where])
+            for arguments in (
+                ["best", status.name, "--format", "toml"],
+                ["train", status.name, "--out", "model", *code],
+                ["dashboard"],
+            )
+        )
+        lines += [
+            "next:",
+            f"  {best}   # the recipe, for your own training",
+            f"  {train}   # retrain it on train + val, look at test once",
+            f"  {board}   # see every trial",
+        ]
     return "\n".join(lines)
 
 

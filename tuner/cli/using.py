@@ -53,7 +53,7 @@ def predict(folder: Path, images: tuple[Path, ...], device: str, allow_code: boo
         if prediction.error is not None:
             click.echo(f"skipped {prediction.path}: {prediction.error}", err=True)
     if as_json:
-        click.echo(json.dumps([prediction.to_json() for prediction in done], indent=2))
+        click.echo(json.dumps([prediction.to_json() for prediction in predictions], indent=2))
     else:
         for prediction in done:
             click.echo(f"{prediction.path}\t{prediction.label}\t{prediction.probability:.4f}")

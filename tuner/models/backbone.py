@@ -221,6 +221,9 @@ def check_forward(model: nn.Module, *, image_size: int, n_classes: int, name: st
             with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 logits = tried.train(mode == "train")(torch.zeros(n_images, 3, image_size, image_size, device=device))
         except Exception as error:
+            if is_own(name):
+                what = f"must return logits for {image_size} px images in {mode} mode"
+                raise ModelError(f"space.backbone: '{name}' {what}, got {first_line(error)}") from error
             raise _reject_size(name, image_size, error) from error
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if shape != (n_images, n_classes):

@@ -1,6 +1,8 @@
 """Run a study. The coordinator is the one process that writes the storage; it never loads torch, data or models."""
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,6 +48,7 @@ def run_study(
         KeyboardInterrupt, SystemExit: If Ctrl-C or SIGTERM came before there was a study, or Ctrl-C came twice.
     """
     url = resolve_url(storage, spec.study.storage)
+    deadline = math.inf if spec.search.timeout is None else time.monotonic() + spec.search.timeout
     with _open_alone(url, spec.study.name) as opened, display or SilentDisplay() as shown:
         if (finished := _find_finished(opened, spec)) is not None:
             return read_status(finished, url)
@@ -58,7 +61,7 @@ def run_study(
             for note in scouted.description.notes:
                 shown.show(Noted(text=note))
             stored = open_study(opened, spec, collect_facts(scouted.description))
-            return SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals).run()
+            return SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals, deadline=deadline).run()
 
 
 @contextmanager

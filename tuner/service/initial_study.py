@@ -14,7 +14,7 @@ from tuner.spec.sections import DataSection
 from tuner.spec.study import load_spec
 
 _N_SIZED = 200
-_BATCH_SIZES = (16, 32, 64, 128)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _TEMPLATE = """\
 # Question: which pretrained backbone and which fine-tuning recipe classify {folder_name} best?
@@ -96,7 +96,8 @@ def _fill_template(folder: Path, out: Path, index: ImageIndex) -> str:
     has_test = bool((index.given_splits == Split.TEST).any())
     typical_px = _measure_typical_px(index)
     n_train = int(np.count_nonzero(index.given_splits != Split.TEST) * 0.6)
-    batch_sizes = [size for size in _BATCH_SIZES if size <= max(n_train // 4, _BATCH_SIZES[0])]
+    largest = max(1, n_train // 4)
+    batch_sizes = [size for size in _BATCH_SIZES if size <= largest][-4:]
     return _TEMPLATE.format(
         folder_name=folder.resolve().name,
         file_name=out.name,

@@ -24,6 +24,12 @@ class BestTrial:
     recipe: dict[str, Any]
     """Resolved: all that training needs."""
 
+    @property
+    def needs_code(self) -> bool:
+        """Whether its backbone is a function of the user's."""
+        backbone = str(self.recipe["backbone"])
+        return ":" in backbone and not backbone.startswith("tuner:")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyStatus:

@@ -33,7 +33,15 @@ class SearchLoop:
     """One run of a study, from its first worker's description to its last trial."""
 
     def __init__(
-        self, stored: StoredStudy, url: str, scouted: Scouted, *, pool: Pool, display: Display, signals: StopSignals
+        self,
+        stored: StoredStudy,
+        url: str,
+        scouted: Scouted,
+        *,
+        pool: Pool,
+        display: Display,
+        signals: StopSignals,
+        deadline: float,
     ) -> None:
         self._stored, self._spec, self._url = stored, stored.spec, url
         self._pool, self._display, self._signals = pool, display, signals
@@ -46,8 +54,7 @@ class SearchLoop:
         self._busy: dict[int, Prepare | Train] = {}
         self._n_fails = 0
         self._n_idle_losses = 0
-        timeout = self._spec.search.timeout
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._deadline = deadline
 
     def run(self) -> StudyStatus:
         """Run to the end and return the study's status.
@@ -89,7 +96,7 @@ class SearchLoop:
         return self._n_wanted() - self._book.count_finished()
 
     def _is_late(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        return time.monotonic() >= self._deadline
 
     def _dispatch(self) -> bool:
         """Give work to idle workers; return whether there is anything to wait for."""
@@ -100,6 +107,8 @@ class SearchLoop:
             for number, worker in self._pool.workers.items()
             if number in self._ready and number not in self._busy
         ]
+        if self._is_late():
+            self._jobs.clear()
         if self._jobs or any(isinstance(job, Prepare) for job in self._busy.values()):
             self._prepare(idle)
             return True

@@ -52,6 +52,8 @@ def parse_duration(value: Any) -> float:
 def _check_name(value: str) -> str:
     if not value.strip() or len(value) > 200 or any(not character.isprintable() for character in value):
         raise ValueError("must be 1 to 200 printable characters")
+    if value.startswith("-"):
+        raise ValueError("must not start with '-', which commands take for an option")
     return value
 
 

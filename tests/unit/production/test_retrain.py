@@ -232,7 +232,7 @@ def test_train_best_wants_a_stored_study(tmp_path: Path) -> None:
 def test_train_best_refuses_the_place_first(tmp_path: Path) -> None:
     """A folder of the user's own is refused before even the study is read, and left as it was."""
     (tmp_path / "photo.jpg").write_text("mine")
-    with pytest.raises(ExportError, match=r"must be new, empty or an older model folder, got a folder with other"):
+    with pytest.raises(ExportError, match=r"must be new, empty or an older model folder, got a folder with photo"):
         train_best("nothing", tmp_path, storage=f"sqlite:///{tmp_path}/none.db", device="cpu")
     with pytest.raises(
         ExportError, match=r"must lie in a folder that can be written, got '.*photo\.jpg' \(Not a directory\)$"

@@ -239,3 +239,15 @@ def test_lock_paths_lie_beside_the_database(tmp_path: Path) -> None:
     assert schema_lock_path(url) == tmp_path / "studies.db.lock"
     assert study_lock_path(url, "a b").parent == tmp_path
     assert study_lock_path(url, "a b") != study_lock_path(url, "a_b") != schema_lock_path(url)
+
+
+def test_open_storage_takes_paths_with_the_characters_of_urls(tmp_path: Path) -> None:
+    """The database lies where its path says, whatever is in it."""
+    folder = tmp_path / "odd ?#% dir"
+    folder.mkdir()
+    storage = keep(open_storage(f"sqlite:///{folder}/studies.db".replace("?", "%3F"), create=True))
+    optuna.create_study(storage=storage, study_name="here")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    with sqlite3.connect(folder / "studies.db") as connection:
+        assert connection.execute("SELECT study_name FROM studies").fetchall() == [("here",)]
+    connection.close()

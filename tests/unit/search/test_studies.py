@@ -12,6 +12,7 @@ from tuner.search.studies import (
     FACTS_ATTR,
     SPEC_ATTR,
     StudyFacts,
+    count_wanted,
     delete_stored,
     find_best,
     find_changed_facts,
@@ -56,9 +57,7 @@ def test_open_study_makes_again_what_was_cut_off(tmp_path: Path) -> None:
 def test_open_study_refuses_a_study_of_another_program(tmp_path: Path) -> None:
     """Trials that are not ours are left alone."""
     optuna.create_study(storage=make_storage(tmp_path), study_name="small").enqueue_trial({"x": 1})
-    with pytest.raises(
-        StudyError, match=r"study\.name: must be free, got 'small' of another program; choose another name"
-    ):
+    with pytest.raises(StudyError, match=r"must be free, got 'small' of another program; choose another name"):
         open_small(tmp_path)
 
 
@@ -240,3 +239,26 @@ def test_attributes_are_text_that_plain_optuna_shows(tmp_path: Path) -> None:
     attrs = read_plainly(tmp_path).user_attrs
     assert sorted(attrs) == sorted([SPEC_ATTR, FACTS_ATTR])
     assert all(isinstance(value, str) for value in attrs.values())
+
+
+def test_list_studies_survives_studies_of_others(tmp_path: Path) -> None:
+    """A multi-objective study, or one of another version of ours, hides nothing."""
+    run_trial(TrialBook(open_small(tmp_path)))
+    storage = make_storage(tmp_path)
+    optuna.create_study(storage=storage, study_name="pareto", directions=["maximize", "minimize"])
+    newer = optuna.create_study(storage=storage, study_name="newer")
+    newer.set_user_attr(SPEC_ATTR, '{"key": "of a later version"}')
+    newer.set_user_attr(FACTS_ATTR, '{"format": 99}')
+    summaries = {summary.name: summary for summary in list_studies(storage)}
+    assert summaries["small"].best_value == 0.3
+    assert (summaries["pareto"].n_trials, summaries["pareto"].best_value) == (None, None)
+    assert summaries["newer"].n_trials is None
+    with pytest.raises(StudyError, match=r"must be in format 1, got 99; another version of tuner made it"):
+        load_stored(storage, "newer")
+
+
+def test_count_wanted_is_capped_by_the_grid(tmp_path: Path) -> None:
+    """A grid is finished when its points are."""
+    space = {"backbone": {"choices": ["test_resnet", "test_vit"]}, "dropout": {"low": 0.0, "high": 0.3, "step": 0.1}}
+    stored = open_small(tmp_path, make_spec(space=space, search={"sampler": "grid", "n_trials": 50}))
+    assert count_wanted(stored) == 8

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tuner.service.kept_models import model_folder, remove_models
+from tuner.service.kept_models import model_folder, models_folder, remove_halves, remove_models
 
 
 def test_remove_models_spares_what_is_named(tmp_path: Path) -> None:
@@ -16,6 +16,25 @@ def test_remove_models_spares_what_is_named(tmp_path: Path) -> None:
     remove_models(url, "a/b")
     assert not model_folder(url, "a/b", 1).parent.exists()
     assert model_folder(url, "a_b", 0).is_dir()
+
+
+def test_models_being_written_are_spared_until_no_run_is_under_way(tmp_path: Path) -> None:
+    """Another worker's half-written model is not deleted under it; what a kill left is swept at the next start."""
+    url = f"sqlite:///{tmp_path}/studies.db"
+    half = models_folder(url, "a") / ".trial-9.123.tmp"
+    half.mkdir(parents=True)
+    model_folder(url, "a", 1).mkdir()
+    remove_models(url, "a", keep=(1,))
+    assert half.is_dir()
+    remove_halves(url, "a")
+    assert not half.exists()
+    assert model_folder(url, "a", 1).is_dir()
+
+
+def test_databases_with_one_stem_keep_their_models_apart(tmp_path: Path) -> None:
+    """a.db and a.sqlite3 are two databases."""
+    urls = [f"sqlite:///{tmp_path}/a.{ending}" for ending in ("db", "sqlite3")]
+    assert len({model_folder(url, "x", 0) for url in urls}) == 2
 
 
 def test_model_folder_stays_inside_whatever_the_study_is_called(tmp_path: Path) -> None:

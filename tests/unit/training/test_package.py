@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tuner.errors import ExportError, ModelError
@@ -96,16 +97,57 @@ def test_write_package_keeps_the_older_folder_when_writing_fails(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_write_package_never_replaces_other_files(tmp_path: Path) -> None:
-    """A folder of the user's own is refused before anything is written."""
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["thesis.tex"], r"got a folder with thesis\.tex$"),
+        (["model.json", "thesis.tex", ".git"], r"got a folder with \.git, thesis\.tex$"),
+        (["model.safetensors"], r"must be a model folder with a model\.json, got none"),
+    ],
+)
+def test_write_package_never_replaces_other_files(tmp_path: Path, names: list[str], problem: str) -> None:
+    """Only what holds nothing but a model of ours is replaced; model.json is a common name."""
+    for name in names:
+        (tmp_path / name).write_text("precious")
+    manifest = make_manifest()
+    with pytest.raises(ExportError, match=problem):
+        write_package(tmp_path, make_model(manifest), manifest)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "precious")
+
+
+def test_write_package_does_not_replace_a_file(tmp_path: Path) -> None:
+    """The user's photo stays."""
     (tmp_path / "photo.jpg").write_text("mine")
-    with pytest.raises(
-        ExportError, match=r"must be new, empty or an older model folder, got a folder with other files$"
-    ):
-        write_example(tmp_path)
     with pytest.raises(ExportError, match=r"must be new, empty or an older model folder, got a file$"):
         write_example(tmp_path / "photo.jpg")
     assert (tmp_path / "photo.jpg").read_text() == "mine"
+
+
+def test_write_package_does_not_replace_another_programs_model_json(tmp_path: Path) -> None:
+    """TensorFlow.js calls its file model.json, too."""
+    (tmp_path / "model.json").write_text('{"modelTopology": 1}')
+    manifest = make_manifest()
+    with pytest.raises(ModelError, match="must be a manifest that 'tuner train' wrote"):
+        write_package(tmp_path, make_model(manifest), manifest)
+    assert (tmp_path / "model.json").read_text() == '{"modelTopology": 1}'
+
+
+def test_write_package_takes_class_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """A folder unpacked from an old zip may be named in another encoding."""
+    write_example(tmp_path / "out", classes=("caf\udce9", "tea"))
+    assert read_manifest(tmp_path / "out").classes == ("caf\udce9", "tea")
+
+
+def test_write_package_says_when_safetensors_cannot_write(tmp_path: Path) -> None:
+    """Safetensors' own error is the folder's problem, not the trial's."""
+    manifest = make_manifest()
+
+    def vanish(temporary: Path) -> None:
+        raise SafetensorError(f"I/O error: {temporary}")
+
+    with pytest.raises(ExportError, match="must be a folder that can be written, got: I/O error"):
+        write_package(tmp_path / "out", make_model(manifest), manifest, vanish)
+    assert not (tmp_path / "out").exists()
 
 
 def test_read_package_wants_a_model_folder(tmp_path: Path) -> None:
