@@ -14,7 +14,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.e2e.harness import Place, make_place, wait_until
+from tests.e2e.harness import Place, make_place
+from tuner.data.index import Split
+from tuner.data.sources import read_index
+from tuner.data.splits import cut_splits
+from tuner.spec.study import load_spec
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +186,23 @@ def test_locked_test_split_is_not_opened_by_a_run(tmp_path: Path) -> None:
     assert "not an image" in output
 
 
-def test_own_processes_end_with_the_commands(place: Place) -> None:
-    """No worker outlives its run."""
-    wait_until(lambda: place.list_workers() == [], timeout=5)
+def test_locked_test_split_that_is_cut_from_train_is_not_opened(tmp_path: Path) -> None:
+    """The files that the cut put aside can become unreadable: the study goes on, for no search code reads them."""
+    generator = np.random.default_rng(0)
+    for label, low in (("dark", 0), ("light", 150)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(20):
+            pixels = (generator.integers(0, 100, (20, 20, 3)) + low).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    place = make_place(tmp_path, n_trials=2, epochs=2)
+    text = place.study_file.read_text().replace("batch_size = 64", "batch_size = 8")
+    text = text.replace('source = "digits"\nclasses = ["7", "8", "9"]', 'source = "image_folder"\npath = "images"')
+    place.study_file.write_text(text)
+    assert place.run("--quiet")[0] == 0
+    section = load_spec(place.study_file).data
+    index = read_index(section)
+    for row in np.flatnonzero(cut_splits(index, section, seed=0) == Split.TEST):
+        (tmp_path / "images" / index.names[row]).write_bytes(b"")
+    code, output = place.run("--trials", "3")
+    assert code == 0, output
+    assert "3 of 3 trials" in output

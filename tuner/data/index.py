@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,9 @@ class ImageIndex:
     read_version: Callable[[int], str] | None = None
     """Returns what changes whenever file ``i`` does (size and times), for the cache of decoded images. None: the stamp.
     It looks at the file, so it may be called for a TEST image only where that image may be opened."""
+    find_file: Callable[[int], Path] | None = None
+    """Returns the file of image ``i``, for hashing what is in it; not for TEST images. None: there are no files, and
+    the stamps hash the content."""
     read_test: Callable[[], "ImageIndex"] | None = None
     """Lists the given test split where listing it would open its files (torchvision); those images are then not in
     this index until ``unlock_test`` adds them. None: there is no test split, or it is already in this index."""
@@ -77,7 +81,7 @@ def select_classes(index: ImageIndex, classes: Sequence[str]) -> ImageIndex:
     new_labels[[index.classes.index(name) for name in classes]] = np.arange(len(classes))
     labels = new_labels[index.labels]
     rows = np.flatnonzero(labels >= 0)
-    read_version, read_test = index.read_version, index.read_test
+    read_version, find_file, read_test = index.read_version, index.find_file, index.read_test
     return ImageIndex(
         classes=tuple(classes),
         names=tuple(index.names[row] for row in rows),
@@ -86,6 +90,7 @@ def select_classes(index: ImageIndex, classes: Sequence[str]) -> ImageIndex:
         stamps=tuple(index.stamps[row] for row in rows),
         open_image=lambda row: index.open_image(int(rows[row])),
         read_version=(lambda row: read_version(int(rows[row]))) if read_version else None,
+        find_file=(lambda row: find_file(int(rows[row]))) if find_file else None,
         read_test=(lambda: select_classes(read_test(), classes)) if read_test else None,
     )
 

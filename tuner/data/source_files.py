@@ -44,6 +44,7 @@ def index_files(entries: Sequence[FileEntry]) -> ImageIndex:
         stamps=tuple("" if entry.split is Split.TEST else _read_size(entry.path) for entry in entries),
         open_image=lambda row: Image.open(entries[row].path),
         read_version=lambda row: file_version(entries[row].path),
+        find_file=lambda row: entries[row].path,
     )
 
 

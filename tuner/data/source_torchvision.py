@@ -167,6 +167,7 @@ def _index_dataset(dataset: Any, classes: tuple[str, ...], split: Split | None) 
         stamps=_stamp_images(dataset, files),
         open_image=(lambda row: Image.open(files[row])) if files else (lambda row: dataset[row][0]),
         read_version=(lambda row: file_version(files[row])) if files else None,
+        find_file=(lambda row: Path(files[row])) if files else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from optuna.storages import RDBStorage
@@ -93,10 +94,15 @@ def read_trial(study: str, number: int, storage: str | None = None) -> dict[str,
             "objective": stored.spec.study.objective,
             "params": trial.params,
             "recipe": trial.user_attrs.get(PARAMS_ATTR),
-            "started": trial.datetime_start and trial.datetime_start.isoformat(),
-            "ended": trial.datetime_complete and trial.datetime_complete.isoformat(),
+            "started": _write_time(trial.datetime_start),
+            "ended": _write_time(trial.datetime_complete),
             **{key: value for key, value in trial.user_attrs.items() if key not in {PARAMS_ATTR, "ending"}},
         }
+
+
+def _write_time(time: datetime | None) -> str | None:
+    """Return a time of Optuna's database, which is UTC without saying so."""
+    return None if time is None else time.replace(tzinfo=UTC).isoformat(timespec="seconds")
 
 
 def describe_trial(trial: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ class StudyFacts:
     """What a worker found out before the first trial; stored with the study, so that nothing needs the study file."""
 
     data_hash: str
-    """Of names, labels, splits and sizes (not of what is in test images)."""
+    """Of names, labels and splits of all images, and of the content of train and val."""
     classes: tuple[str, ...]
     splits: str
     """Packed split of every image, in the order of the data index."""

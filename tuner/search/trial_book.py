@@ -19,12 +19,14 @@ from tuner.search.distributions import (
 )
 from tuner.search.samplers import derive_seed
 from tuner.search.studies import StoredStudy, find_best
-from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState
+from tuner.trial import ClassReport, EpochResult, Reason, TrialOutcome, TrialParams, TrialState
 
 PARAMS_ATTR = "params_resolved"
 EPOCHS_ATTR = "epochs"
 REASON_ATTR = "reason"
 _ENDING_ATTR = "ending"
+_MAX_MATRIX_CLASSES = 100
+"""Of more classes a whole matrix per trial would slow down every reader of the database."""
 _COUNTED = (OptunaState.COMPLETE, OptunaState.PRUNED)
 _CONSTRAINTS_KEY = "constraints"
 """Optuna's older key: the only form that both Optuna 5 and its dashboard 0.21 read."""
@@ -218,12 +220,23 @@ def _describe(outcome: TrialOutcome, epochs: list[EpochResult], objective: str) 
             EPOCHS_ATTR: [dataclasses.asdict(result) for result in epochs],
         }
     if outcome.report:
-        attrs["class_report"] = dataclasses.asdict(outcome.report)
+        attrs["class_report"] = _describe_report(outcome.report)
     if outcome.reason:
         attrs |= {REASON_ATTR: outcome.reason.value, "message": outcome.message}
     if outcome.traceback:
         attrs["traceback"] = outcome.traceback
     return attrs
+
+
+def _describe_report(report: ClassReport) -> dict[str, Any]:
+    """Return a report as JSON; of many classes only the cells that hold something, as (true, predicted, count)."""
+    described = dataclasses.asdict(report)
+    if len(report.recall) > _MAX_MATRIX_CLASSES:
+        matrix = described.pop("confusion_matrix")
+        described["confusion_cells"] = [
+            (true, predicted, count) for true, row in enumerate(matrix) for predicted, count in enumerate(row) if count
+        ]
+    return described
 
 
 def count_reasons(study: optuna.Study) -> Counter[tuple[str, str]]:

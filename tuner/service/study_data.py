@@ -1,13 +1,15 @@
 """The images of a study as a worker knows them before it opens any. No torch."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.data.content import hash_content
 from tuner.data.index import ImageIndex
 from tuner.data.sources import read_index
-from tuner.data.splits import cut_splits, hash_data
+from tuner.data.splits import cut_splits, hash_data, search_rows
 from tuner.spec.sections import StudySpec
 
 
@@ -18,6 +20,7 @@ class StudyData:
     index: ImageIndex
     splits: NDArray[np.int8]
     hash: str
+    """Of names, labels and splits of all images, and of what is in those that the search may open."""
 
 
 def read_study_data(spec: StudySpec) -> StudyData:
@@ -28,4 +31,5 @@ def read_study_data(spec: StudySpec) -> StudyData:
     """
     index = read_index(spec.data)
     splits = cut_splits(index, spec.data, spec.study.seed)
-    return StudyData(index=index, splits=splits, hash=hash_data(index, splits))
+    parts = hash_data(index, splits), hash_content(index, search_rows(splits))
+    return StudyData(index=index, splits=splits, hash=sha256(" ".join(parts).encode()).hexdigest())

@@ -4,6 +4,7 @@ import gc
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 import torch
 
@@ -26,6 +27,7 @@ from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialSta
 
 AskVerdict = Callable[[EpochDone], Verdict]
 _N_NAMED = 5
+_NOTE_SECONDS = 10.0
 
 
 class TrainingSession:
@@ -77,11 +79,24 @@ class TrainingSession:
                 self._spec.data,
                 interpolation=interpolation,
                 n_threads=self._n_threads,
+                on_progress=self._note_progress(),
             )
         if store.bad:
             shown = ", ".join(f"{image.name} ({image.reason})" for image in store.bad[:_N_NAMED])
             more = f" and {len(store.bad) - _N_NAMED} more" if len(store.bad) > _N_NAMED else ""
             self._note(f"left out, they cannot be decoded: {shown}{more}")
+
+    def _note_progress(self) -> Callable[[int, int], None]:
+        """Return what says every few seconds how many images are decoded."""
+        noted = monotonic()
+
+        def note(n_done: int, n_images: int) -> None:
+            nonlocal noted
+            if monotonic() - noted > _NOTE_SECONDS:
+                noted = monotonic()
+                self._note(f"decoded {n_done} of {n_images} images")
+
+        return note
 
     def _pretrain(self, backbone: str) -> None:
         epochs: list[EpochResult] = []

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from tuner.data.content import hash_content
 from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import ImageIndex, Split
 from tuner.data.sources import read_index
-from tuner.data.splits import cut_splits, hash_data
+from tuner.data.splits import cut_splits, hash_data, search_rows
 from tuner.errors import DataError, DeviceError, ModelError, StorageError
 from tuner.models.backbone import Preprocessing, create_backbone, is_own, read_preprocessing
 from tuner.models.layers import group_layers
@@ -149,7 +150,7 @@ def _list_facts(plan: _Plan) -> dict[str, Any]:
         "kwargs": json.loads(json.dumps(plan.section.kwargs, default=str)),
         "preprocessing": asdict(plan.preprocessing),
         "weights": find_weights(plan.name, plan.section).fingerprint,
-        "data": hash_data(plan.index, plan.splits),
+        "data": [hash_data(plan.index, plan.splits), hash_content(plan.index, search_rows(plan.splits))],
         "pretraining": pretraining,
         "horizontal_flip": plan.horizontal_flip,
         "seed": plan.seed,

@@ -450,3 +450,19 @@ def test_max_trials_is_unbounded_without_a_grid(tmp_path: Path) -> None:
     """Only a grid ends by itself."""
     book, _ = open_book(tmp_path)
     assert book.max_trials > 10**9
+
+
+def test_report_of_many_classes_is_stored_by_its_cells(tmp_path: Path) -> None:
+    """A thousand classes must not put a million numbers into every trial."""
+    n_classes = 101
+    matrix = tuple(tuple(int(true == predicted) for predicted in range(n_classes)) for true in range(n_classes))
+    ones = (1.0,) * n_classes
+    book, stored = open_book(tmp_path)
+    number, _ = ask(book)
+    for epoch in range(1, 4):
+        book.report(number, make_epoch(epoch, 1.0))
+    report = ClassReport(confusion_matrix=matrix, precision=ones, recall=ones, f1=ones)
+    book.tell(number, TrialOutcome(state=TrialState.COMPLETE, report=report))
+    described = list_trials(stored)[number].user_attrs["class_report"]
+    assert "confusion_matrix" not in described
+    assert described["confusion_cells"] == [[true, true, 1] for true in range(n_classes)]

@@ -1,0 +1,51 @@
+"""What is in the image files that a search may open: two data sets are the same only if their bytes are."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import file_digest, sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.data.index import ImageIndex
+from tuner.paths import cache_root, replacing
+
+_N_THREADS = 4
+_DIGEST_LENGTH = 64
+
+
+def hash_content(index: ImageIndex, rows: NDArray[np.int64]) -> str:
+    """Return a SHA-256 of the bytes of image files, in order; of their stamps where there are no files.
+
+    The files are read once: the hash is remembered under their names, sizes and times, so that the other workers and
+    later runs only look at those.
+
+    Args:
+        index: The images.
+        rows: Which of them. Only these are opened, so TEST images must not be among them.
+    """
+    versions = json.dumps([(index.names[row], index.image_version(int(row))) for row in rows])
+    if index.find_file is None:
+        return sha256(versions.encode()).hexdigest()
+    path = cache_root() / "content" / f"{sha256(versions.encode()).hexdigest()}.txt"
+    with suppress(OSError):
+        known = path.read_text(encoding="ascii")
+        if len(known) == _DIGEST_LENGTH:
+            return known
+    with ThreadPoolExecutor(_N_THREADS) as pool:
+        digests = list(pool.map(lambda row: _hash_file(index, int(row)), rows))
+    digest = sha256("".join(digests).encode()).hexdigest()
+    with suppress(OSError), replacing(path) as temporary:  # that the cache cannot be written is said elsewhere
+        temporary.write_text(digest, encoding="ascii")
+    return digest
+
+
+def _hash_file(index: ImageIndex, row: int) -> str:
+    """Return the hash of one file; one that cannot be read counts as a bad image when it is decoded."""
+    assert index.find_file is not None  # noqa: S101 - the caller checked
+    try:
+        with index.find_file(row).open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return "unreadable"
