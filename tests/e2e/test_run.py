@@ -121,7 +121,7 @@ def test_signal_finishes_the_bookkeeping_and_the_same_command_goes_on(
     output, _ = process.communicate(timeout=10)
     assert process.returncode == code, output
     assert place.count_trials("RUNNING") == 0
-    assert place.count_trials("WAITING") == 2
+    assert place.count_trials("WAITING") == place.count_trials("FAIL") > 0
     assert place.list_workers() == []
     assert place.run()[0] == 0
     assert_is_whole(place, 6)

@@ -54,27 +54,56 @@ def scout_study(
     scout = pool.start(None)
     set_up(scout, spec, Slot(device="none", n_threads=usable_cores()))
     scout.send(Describe(timed=timed))
-    slots: tuple[Slot, ...] = ()
-    ready: set[int] = set()
-    description: Description | None = None
-    while description is None:
+    scouting = _Scouting(pool, spec, scout, n_workers=n_workers, starts_workers=starts_workers)
+    while (description := scouting.description) is None:
         if must_stop():
             return None
-        for worker, reply in pool.wait(TICK_SECONDS):
+        scouting.listen()
+    scouting.dismiss()
+    check_description(spec, description)
+    return Scouted(description=description, slots=scouting.slots, ready=frozenset(scouting.ready))
+
+
+class _Scouting:
+    """What has been heard until the description is there. Mutable."""
+
+    def __init__(
+        self, pool: Pool, spec: StudySpec, scout: Worker, *, n_workers: int | None, starts_workers: bool
+    ) -> None:
+        self._pool, self._spec, self._scout = pool, spec, scout
+        self._n_workers, self._starts_workers = n_workers, starts_workers
+        self.slots: tuple[Slot, ...] = ()
+        self.ready: set[int] = set()
+        self.description: Description | None = None
+
+    def listen(self) -> None:
+        """Wait for the next replies."""
+        for worker, reply in self._pool.wait(TICK_SECONDS):
             match reply:
                 case None:
                     raise explain_loss(worker.describe_end())
-                case Hello() if worker is scout:
-                    slots = list_slots(spec.workers, reply.cuda_devices, n_workers=n_workers)[: spec.search.n_trials]
-                    if starts_workers:
-                        _start_workers(pool, spec, slots)
+                case Hello() if worker is self._scout:
+                    self._start_workers(reply)
                 case Hello():
-                    ready.add(worker.number)
+                    self.ready.add(worker.number)
                 case Description():
-                    description = reply
-    _dismiss(pool, scout, slots, ready)
-    check_description(spec, description)
-    return Scouted(description=description, slots=slots, ready=frozenset(ready))
+                    self.description = reply
+
+    def _start_workers(self, hello: Hello) -> None:
+        """Start the workers that will train as soon as the devices are known."""
+        slots = list_slots(self._spec.workers, hello.cuda_devices, n_workers=self._n_workers)
+        self.slots = slots[: self._spec.search.n_trials]
+        first = 1 if slots[0].device == "cpu" else 0  # the scout takes the first slot of the CPU
+        for slot in self.slots[first:] if self._starts_workers else ():
+            start_worker(self._pool, self._spec, slot)
+
+    def dismiss(self) -> None:
+        """Make the scout a worker of the CPU, which needs no binding; else end it, for it is bound to no device."""
+        if self.slots[0].device == "cpu":
+            self._scout.slot = self.slots[0]
+            self.ready.add(self._scout.number)
+        else:
+            self._pool.stop(self._scout)
 
 
 def set_up(worker: Worker, spec: StudySpec, slot: Slot) -> None:
@@ -86,21 +115,6 @@ def set_up(worker: Worker, spec: StudySpec, slot: Slot) -> None:
 def start_worker(pool: Pool, spec: StudySpec, slot: Slot) -> None:
     """Start a worker that is bound to a slot's device."""
     set_up(pool.start(slot), spec, slot)
-
-
-def _start_workers(pool: Pool, spec: StudySpec, slots: tuple[Slot, ...]) -> None:
-    first = 1 if slots[0].device == "cpu" else 0  # the scout takes the first slot of the CPU
-    for slot in slots[first:]:
-        start_worker(pool, spec, slot)
-
-
-def _dismiss(pool: Pool, scout: Worker, slots: tuple[Slot, ...], ready: set[int]) -> None:
-    """Make the scout a worker of the CPU, which needs no binding; else end it, for it is bound to no device."""
-    if slots[0].device == "cpu":
-        scout.slot = slots[0]
-        ready.add(scout.number)
-    else:
-        pool.stop(scout)
 
 
 def explain_loss(message: str) -> SearchError:
