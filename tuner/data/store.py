@@ -220,6 +220,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build_store(path: Path, job: _Job, n_threads: int, on_progress: Progress | None) -> None:
+    for half in path.parent.glob(f".{path.name}.*.tmp"):  # a killed process left it: whoever writes holds the lock
+        half.unlink(missing_ok=True)
     _check_disk(path.parent, job.n_bytes)
     with replacing(path) as temporary:
         pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=job.shape(0))

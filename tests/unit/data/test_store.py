@@ -98,6 +98,21 @@ def test_open_store_rebuilds_a_broken_cache(tmp_path: Path, cache: Path) -> None
     assert len(open_all(section).rows) == 10
 
 
+def test_open_store_sweeps_what_killed_processes_left(tmp_path: Path, cache: Path) -> None:
+    """A worker killed while it decodes leaves a file as large as the whole store; it is not left for ever."""
+    section = make_section(write_data(tmp_path / "data"))
+    open_all(section)
+    (made,) = cache.rglob("*.npy")
+    half = made.with_name(f".{made.name}.4242.tmp")
+    made.rename(half)
+    other = made.with_name(".another-store.npy.4242.tmp")
+    other.write_bytes(b"being written")
+    open_all(section)
+    assert made.is_file()
+    assert not half.exists()
+    assert other.exists()
+
+
 def test_open_store_leaves_bad_images_out(tmp_path: Path) -> None:
     """Bad images up to the allowance are listed, and the rows of the others stay right, from the cache too."""
     root = write_data(tmp_path / "data")
