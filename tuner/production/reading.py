@@ -10,7 +10,8 @@ from optuna.trial import FrozenTrial
 
 from tuner.errors import StudyError
 from tuner.search.storage import hold_lock, resolve_url, study_lock_path, use_storage
-from tuner.search.studies import StoredStudy, StudySummary, delete_stored, list_studies, load_stored
+from tuner.search.studies import StoredStudy, delete_stored, load_stored
+from tuner.search.summaries import StudySummary, list_studies
 from tuner.search.trial_book import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
 from tuner.service.kept_models import remove_models
 from tuner.service.result import StudyStatus, read_status

@@ -3,7 +3,6 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -124,7 +123,7 @@ def _read_same(study: optuna.Study, spec: StudySpec, facts: StudyFacts) -> Store
     """Read a stored study, and refuse it if it is not the study file's."""
     if SPEC_ATTR not in study.user_attrs:
         raise StudyError(f"study.name: must be free, got {study.study_name!r} of another program; choose another name")
-    stored = _read_attrs(study)
+    stored = read_attrs(study)
     changes = find_changes(stored.spec, spec) + find_changed_facts(stored.facts, facts)
     if changes:
         lines = "\n  ".join(changes)
@@ -223,54 +222,18 @@ def load_stored(storage: RDBStorage, name: str) -> StoredStudy:
     study = optuna.load_study(storage=storage, study_name=name)
     if SPEC_ATTR not in study.user_attrs:
         raise StudyError(f"study {name!r}: must be a study made by 'tuner run'")
-    return _read_attrs(study)
+    return read_attrs(study)
 
 
-def _read_attrs(study: optuna.Study) -> StoredStudy:
+def read_attrs(study: optuna.Study) -> StoredStudy:
+    """Return a study of ours with what is stored with it.
+
+    Raises:
+        StudyError: If another version of the program made it.
+    """
     attrs = study.user_attrs
     facts = StudyFacts.from_json(attrs[FACTS_ATTR])  # first: it says so if another version made the study
     return StoredStudy(study=study, spec=StudySpec.model_validate_json(attrs[SPEC_ATTR]), facts=facts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudySummary:
-    """One line of ``tuner list``."""
-
-    name: str
-    objective: str
-    counts: Mapping[str, int]
-    """Trials by state."""
-    n_trials: int | None
-    """Trials that the study is to have; None for another program's study."""
-    best_value: float | None
-
-    @property
-    def n_finished(self) -> int:
-        """Trials that count: COMPLETE and PRUNED."""
-        return self.counts["COMPLETE"] + self.counts["PRUNED"]
-
-
-def list_studies(storage: RDBStorage) -> list[StudySummary]:
-    """Return a summary of every study in a storage, by name."""
-    return [
-        _summarise(optuna.load_study(storage=storage, study_name=name))
-        for name in sorted(optuna.get_all_study_names(storage=storage))
-    ]
-
-
-def _summarise(study: optuna.Study) -> StudySummary:
-    try:
-        ours = _read_attrs(study) if SPEC_ATTR in study.user_attrs else None
-    except StudyError:  # another version's: it must not hide the others
-        ours = None
-    best = find_best(study) if ours else None
-    return StudySummary(
-        name=study.study_name,
-        objective=ours.spec.study.objective if ours else "?",
-        counts=count_states(study),
-        n_trials=count_wanted(ours) if ours else None,
-        best_value=best.value if best else None,
-    )
 
 
 def count_wanted(stored: StoredStudy) -> int:

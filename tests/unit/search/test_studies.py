@@ -17,10 +17,10 @@ from tuner.search.studies import (
     find_best,
     find_changed_facts,
     find_changes,
-    list_studies,
     load_stored,
     open_study,
 )
+from tuner.search.summaries import list_studies
 from tuner.search.trial_book import TrialBook
 
 from .builders import SPACE, make_facts, make_spec, make_storage, open_small, read_plainly, run_trial
