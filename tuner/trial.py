@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,16 @@ class TrialParams:
     class_weights: str
     """``none`` or ``balanced``."""
     seed: int
-    """Seed of everything random in the trial. In [0, 2**63)."""
+    """Seed of everything random in the trial, but for fixed views. In [0, 2**63)."""
+    views: int | Literal["fresh"] = "fresh"
+    """``fresh``: every epoch augments each image anew; K >= 1: epoch e shows view e mod K of each image."""
+    view_seed: int = 0
+    """Seed of fixed views, the same in all trials of a study. In [0, 2**63)."""
+
+    @property
+    def shows_known_images(self) -> bool:
+        """Whether what each epoch shows is known beforehand, so that what frozen layers make of it can be kept."""
+        return self.augmentation_strength == 0 or self.views != "fresh"
 
     def to_json(self) -> dict[str, Any]:
         """Return the params as a JSON object."""

@@ -25,6 +25,8 @@ class ImageSet:
     labels: Tensor
     """int64, shape ``(n_images,)``, on the same device."""
     n_classes: int
+    rows: Tensor
+    """Their rows in the data index, int64, shape ``(n_images,)``, on the CPU: fixed views are drawn for them."""
 
 
 def load_image_set(
@@ -64,8 +66,9 @@ def load_image_set(
         store = open_store(index, rows, section, interpolation=interpolation, n_threads=n_threads)
         parts.insert(which.index(Split.TEST), (torch.from_numpy(store.pixels), store.rows))
     pixels = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
-    labels = torch.from_numpy(index.labels[np.concatenate([rows for _, rows in parts])])
-    return ImageSet(pixels=pixels, labels=labels, n_classes=len(index.classes))
+    rows = np.concatenate([rows for _, rows in parts])
+    labels = torch.from_numpy(index.labels[rows])
+    return ImageSet(pixels=pixels, labels=labels, n_classes=len(index.classes), rows=torch.from_numpy(rows))
 
 
 def _take_split(store: PixelStore, splits: NDArray[np.int8], split: Split) -> tuple[Tensor, NDArray[np.int64]]:

@@ -150,6 +150,7 @@ class Predictor:
             pixels=torch.from_numpy(np.stack(images)).to(self._device),  # (n_images, 3, size, size)
             labels=torch.zeros(len(images), dtype=torch.int64, device=self._device),
             n_classes=len(self.classes),
+            rows=torch.arange(len(images)),
         )
         preprocessing = self.manifest.preprocessing
         with reporting_memory(

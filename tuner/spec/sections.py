@@ -85,6 +85,12 @@ def _check_plain(value: Any) -> Any:
     return value
 
 
+def _check_views(value: Any) -> Any:
+    if value == "fresh" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError('must be "fresh" or a whole number of views, at least 1')
+
+
 def _as_devices(value: Any) -> tuple[str, ...]:
     devices = (value,) if isinstance(value, str) else value
     good = isinstance(devices, list | tuple) and len(devices) > 0
@@ -166,6 +172,8 @@ class TrainingSection(Section):
     """Whether augmentation may mirror images. False for digits, text and other things with a handedness."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs the same in the training loss."""
+    views: Annotated[Literal["fresh"] | int, BeforeValidator(_check_views)] = "fresh"
+    """fresh: each epoch augments every image anew; K: K fixed versions of each image, and epoch e shows e mod K."""
     backbone: Any = None
     lr: Any = None
     batch_size: Any = None
@@ -204,6 +212,8 @@ class SearchSection(Section):
     """Optuna's pruners, with resources counted in epochs."""
     n_trials: Annotated[int, _within(1)] = 60
     """COMPLETE and PRUNED trials of the whole study, whatever the number of runs, workers and failures."""
+    screen: Annotated[int, _within(0)] = 0
+    """Head-only trials of each backbone before the search, besides n_trials; 0: none."""
     timeout: Annotated[float, BeforeValidator(parse_duration)] | None = None
     """Of one run: after it no trial starts, and the running ones finish. Default: none."""
 

@@ -43,7 +43,7 @@ def make_images(n_images: int = 64, seed: int = 0) -> ImageSet:
     pixels = torch.randint(0, 160, (n_images, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
     pixels[labels == 0, :, :, : SIZE // 2] += 60
     pixels[labels == 1, :, :, SIZE // 2 :] += 60
-    return ImageSet(pixels=pixels, labels=labels, n_classes=2)
+    return ImageSet(pixels=pixels, labels=labels, n_classes=2, rows=torch.arange(len(labels)))
 
 
 def make_params(**overrides: Any) -> TrialParams:

@@ -131,7 +131,7 @@ def test_train_epochs_balances_the_classes_of_the_loss() -> None:
     """Of 60 images 6 are of class 1: with balanced weights an untrained bias towards class 0 costs more."""
     images = make_images(60)
     rows = torch.cat([(images.labels == 0).nonzero()[:, 0], (images.labels == 1).nonzero()[:6, 0]])
-    few = ImageSet(pixels=images.pixels[rows], labels=images.labels[rows], n_classes=2)
+    few = ImageSet(pixels=images.pixels[rows], labels=images.labels[rows], n_classes=2, rows=rows)
     losses = []
     for class_weights in ("none", "balanced"):
         net = make_net()
