@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import click
 
+from tuner.cli.cache import cache
 from tuner.cli.results import best, delete, list_, show, status, trials
 from tuner.cli.searching import check, dashboard, init, run
 from tuner.cli.using import predict, train
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for command in (init, check, run, list_, status, trials, show, best, train, predict, delete, dashboard):
+for command in (init, check, run, list_, status, trials, show, best, train, predict, delete, dashboard, cache):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Random variation of training images, drawn for each image by itself and applied in one resampling."""
+"""Random variation of training images: drawn for each image by itself, and applied in one resampling."""
 
 import math
 
@@ -11,28 +11,42 @@ MAX_SHIFT_FRACTION = 0.2
 """Of the side."""
 MAX_SHEAR = 0.2
 MAX_ZOOM = 0.2
-_N_DRAWS = 6
+N_DRAWS = 6
+"""Random numbers that one image takes."""
 
 
-def augment(images: Tensor, *, strength: float, horizontal_flip: bool, generator: torch.Generator) -> Tensor:
-    """Rotate, shift, shear, zoom and flip each image at random; edges are continued outwards.
+def draw_fresh(n_images: int, generator: torch.Generator) -> Tensor:
+    """Draw what ``augment`` needs for a new version of each image.
+
+    Args:
+        n_images: How many.
+        generator: Where the draws come from; one on the CPU gives the same draws whatever the device of the images.
+
+    Returns:
+        Float32 in [0, 1), shape ``(n_images, 6)``, on the generator's device.
+    """
+    return torch.rand((n_images, N_DRAWS), generator=generator, device=generator.device)
+
+
+def augment(images: Tensor, draws: Tensor, *, strength: float, horizontal_flip: bool) -> Tensor:
+    """Rotate, shift, shear, zoom and flip each image as its draws say; edges are continued outwards.
 
     Ranges are ±40°, ±0.2 of the side, ±0.2 and ±0.2, each times ``strength`` and uniform; half of the images are
     mirrored if ``horizontal_flip`` and ``strength`` > 0.
 
     Args:
         images: Float, shape ``(n_images, n_channels, height, width)``.
-        strength: In [0, 1]. 0 returns ``images`` itself and draws nothing.
+        draws: In [0, 1), shape ``(n_images, 6)``, of ``draw_fresh`` or ``views.draw_view``.
+        strength: In [0, 1]. 0 returns ``images`` itself.
         horizontal_flip: Whether images may be mirrored.
-        generator: Where the draws come from; one on the CPU gives the same draws whatever the device of the images.
 
     Returns:
         New images of the same shape, type and device.
     """
     if strength == 0:
         return images
-    draws = torch.rand((len(images), _N_DRAWS), generator=generator, device=generator.device)
-    angle, shift_x, shift_y, shear, zoom, mirror = draws.unbind(dim=1)  # each (n_images,), in [0, 1)
+    # In double precision, so that an image's version does not depend on which images share its batch.
+    angle, shift_x, shift_y, shear, zoom, mirror = draws.double().unbind(dim=1)  # each (n_images,)
     matrices = affine_matrices(
         degrees=_spread(angle, MAX_ROTATION_DEGREES * strength),
         shift_x=_spread(shift_x, MAX_SHIFT_FRACTION * strength),

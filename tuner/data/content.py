@@ -8,6 +8,7 @@ from hashlib import file_digest, sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.data.cache import touch
 from tuner.data.index import ImageIndex
 from tuner.paths import cache_root, replacing
 
@@ -32,6 +33,7 @@ def hash_content(index: ImageIndex, rows: NDArray[np.int64]) -> str:
     with suppress(OSError):
         known = path.read_text(encoding="ascii")
         if len(known) == _DIGEST_LENGTH:
+            touch(path)
             return known
     with ThreadPoolExecutor(_N_THREADS) as pool:
         digests = list(pool.map(lambda row: _hash_file(index, int(row)), rows))

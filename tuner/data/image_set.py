@@ -1,6 +1,7 @@
 """The images of a split as tensors, and where they lie while a trial trains."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -8,12 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuner.data.index import ImageIndex, Split
+from tuner.data.memory import available_memory
 from tuner.data.splits import check_classes, search_rows, unlock_test
 from tuner.data.store import PixelStore, open_store
 from tuner.spec.sections import DataSection
 
-_DEVICE_FRACTION = 0.4
-"""Share of a CUDA device's free memory that images may take; the rest is for training and for other workers."""
+_MEMORY_FRACTION = 0.4
+"""Share of what is free, of a CUDA device or of the host, that images may take; the rest is for training and for other
+workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +87,42 @@ def _check_store(index: ImageIndex, splits: NDArray[np.int8], store: PixelStore)
     check_classes(index, usable)
 
 
+Residence = Literal["device", "pinned", "mapped"]
+
+
+def choose_residence(n_bytes: int, *, device_bytes: int, host_bytes: int) -> Residence:
+    """Return where images lie while they train a model on CUDA.
+
+    Args:
+        n_bytes: Size of the images.
+        device_bytes: Free memory of the device.
+        host_bytes: Memory that this process may still use.
+
+    Returns:
+        On the device if they take 40 % of its free memory at most, else pinned by the same rule, else where they are:
+        memory-mapped, and each batch travels through a pinned buffer.
+    """
+    if n_bytes <= _MEMORY_FRACTION * device_bytes:
+        return "device"
+    return "pinned" if n_bytes <= _MEMORY_FRACTION * host_bytes else "mapped"
+
+
 def move_to(images: ImageSet, device: torch.device) -> ImageSet:
-    """Return the images on a device; on CUDA only if they fit, else they stay on the host, pinned.
+    """Return the images where training on a device reads them best; on the CPU that is where they are.
 
     Args:
         images: The images.
         device: Where training happens.
     """
-    if images.pixels.device == device:
+    if device.type == images.pixels.device.type == "cpu" or device == images.pixels.device:
         return images
     if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        if images.pixels.nbytes > _DEVICE_FRACTION * free_bytes:
-            return replace(images, pixels=images.pixels.pin_memory(), labels=images.labels.pin_memory())
+        device_bytes, _ = torch.cuda.mem_get_info(device)
+        match choose_residence(images.pixels.nbytes, device_bytes=device_bytes, host_bytes=available_memory()):
+            case "mapped":
+                return images
+            case "pinned":
+                return replace(images, pixels=images.pixels.pin_memory(), labels=images.labels.pin_memory())
+            case "device":
+                pass
     return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device))

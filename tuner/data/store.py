@@ -1,13 +1,10 @@
 """Decoded once: images as one memory-mapped array in the cache, shared by all workers and studies."""
 
-import fcntl
 import json
-import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,8 +15,11 @@ import PIL
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
+from tuner.data.array_file import create_array, map_array
+from tuner.data.cache import budget_bytes, make_room, reclaimable_bytes, reporting_storage, touch
 from tuner.data.decode import decode_image
 from tuner.data.index import ImageIndex
+from tuner.data.locks import locked
 from tuner.errors import DataError, StorageError
 from tuner.paths import cache_root, replacing
 from tuner.spec.sections import DataSection
@@ -61,6 +61,8 @@ class _Job:
     resize: str
     interpolation: str
     max_bad_fraction: float
+    source: str
+    """Where the images are, for a person."""
 
     def hash_key(self) -> str:
         """Return a SHA-256 of everything that the pixels depend on."""
@@ -72,6 +74,11 @@ class _Job:
     def n_bytes(self) -> int:
         """Return the size of the pixels if all images can be decoded."""
         return int(np.prod(self.shape(0), dtype=object))
+
+    @property
+    def text(self) -> str:
+        """Return what the store holds, for a person."""
+        return f"{len(self.rows)} images of {self.source}, {self.size} px, {self.resize}, {self.interpolation}"
 
     def shape(self, n_bad: int) -> tuple[int, int, int, int]:
         """Return the shape of the pixels without the bad images."""
@@ -89,6 +96,8 @@ def open_store(
 ) -> PixelStore:
     """Return decoded images, from the cache if they are there.
 
+    Training needs them, so they are kept even if they exceed the cache's budget; all else makes room for them.
+
     Args:
         index: The images.
         rows: Which of them, in which order. Only these are opened.
@@ -99,7 +108,7 @@ def open_store(
 
     Raises:
         DataError: If more images than ``max_bad_fraction`` allows cannot be decoded.
-        StorageError: If the cache folder cannot be written or has too little room.
+        StorageError: If the cache folder cannot be written or has too little room, or its budget is no number.
     """
     job = _make_job(index, rows, section, interpolation)
     if not len(job.rows):
@@ -107,13 +116,14 @@ def open_store(
     path = _place(job)
     store = _read_store(path, job)
     if store is None:
-        with _reporting_storage(path.parent), _locked(path):
+        with reporting_storage(path.parent), locked(path):
             store = _read_store(path, job)  # another process may have been faster
             if store is None:
                 _build_store(path, job, n_threads, on_progress)
                 store = _read_store(path, job)
     if store is None:
         raise StorageError(f"TUNER_CACHE_DIR: must keep what is written to it, got other bytes back from '{path}'")
+    touch(path)
     _check_allowance(job, store.bad)
     return store
 
@@ -133,16 +143,17 @@ def check_room(
         Bytes that all the stores take, those included that are there already.
 
     Raises:
-        StorageError: If the cache folder cannot be written or has too little room.
+        StorageError: If the cache folder cannot be written or has too little room, or its budget is no number.
     """
+    budget_bytes()
     jobs = [_make_job(index, rows, section, interpolation) for interpolation in interpolations]
     needed = sum(job.n_bytes for job in jobs if _read_store(_place(job), job) is None)
     folder = cache_root() / "pixels"
-    with _reporting_storage(folder):
+    with reporting_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):  # tried, since permission bits say nothing of a read-only disk
             pass
-        _check_disk(folder, needed)
+        _check_disk(folder, needed, reclaimable_bytes(spare=map(_place, jobs)))
     return sum(job.n_bytes for job in jobs)
 
 
@@ -156,6 +167,7 @@ def _make_job(
         resize=section.resize,
         interpolation=interpolation,
         max_bad_fraction=section.max_bad_fraction,
+        source=section.path or section.source,
     )
 
 
@@ -166,11 +178,11 @@ def _place(job: _Job) -> Path:
 def _read_store(path: Path, job: _Job) -> PixelStore | None:
     """Return the store at ``path``, or None if there is none that fits the job."""
     try:
-        bad = {int(position): reason for position, reason in json.loads(_sidecar(path).read_text()).items()}
-        pixels = np.load(path, mmap_mode="c")  # c: a write by mistake stays in memory
-    except (OSError, ValueError, EOFError, AttributeError):
-        return None
-    if pixels.shape != job.shape(len(bad)) or pixels.dtype != np.uint8:
+        facts = json.loads(_sidecar(path).read_text(encoding="utf-8"))
+        bad = {int(position): reason for position, reason in facts["bad"].items()}
+        with path.open("rb") as file:
+            pixels = map_array(file, np.uint8, job.shape(len(bad)))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     good = np.delete(np.arange(len(job.rows)), list(bad))
     return PixelStore(pixels=pixels, rows=job.rows[good], bad=_name_bad(job, bad))
@@ -182,7 +194,7 @@ def _name_bad(job: _Job, bad: dict[int, str]) -> tuple[BadImage, ...]:
 
 
 def _sidecar(path: Path) -> Path:
-    """Return the file that lists the bad images; it is written before the pixels."""
+    """Return the file that lists the bad images and describes the others; it is written before the pixels."""
     return path.with_suffix(".json")
 
 
@@ -196,37 +208,12 @@ def _check_allowance(job: _Job, bad: tuple[BadImage, ...]) -> None:
         )
 
 
-@contextmanager
-def _reporting_storage(folder: Path) -> Iterator[None]:
-    """Turn what the system says about the cache folder into a ``StorageError``."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise StorageError(
-            f"TUNER_CACHE_DIR: must be a folder that can be written, got '{folder}' ({reason}); "
-            f"set TUNER_CACHE_DIR to another folder"
-        ) from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time decode a store; the others wait and then find it done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        with suppress(OSError):  # a file system without locks: the same pixels are then decoded twice
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _build_store(path: Path, job: _Job, n_threads: int, on_progress: Progress | None) -> None:
-    for half in path.parent.glob(f".{path.name}.*.tmp"):  # a killed process left it: whoever writes holds the lock
-        half.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    make_room(job.n_bytes, force=True)
     _check_disk(path.parent, job.n_bytes)
     with replacing(path) as temporary:
-        pixels = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=job.shape(0))
-        with temporary.open("r+b") as file:  # on a full disk a write to a mapped hole would kill the process
-            os.posix_fallocate(file.fileno(), 0, pixels.offset + pixels.nbytes)
+        pixels = create_array(temporary, np.uint8, job.shape(0))
         bad = _decode_all(job, pixels, n_threads, on_progress)
         _check_allowance(job, _name_bad(job, bad))
         if bad:
@@ -234,11 +221,11 @@ def _build_store(path: Path, job: _Job, n_threads: int, on_progress: Progress | 
         pixels.flush()
         del pixels
         with replacing(_sidecar(path)) as sidecar:
-            sidecar.write_text(json.dumps(bad))
+            sidecar.write_text(json.dumps({"text": job.text, "bad": bad}), encoding="utf-8")
 
 
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_disk(folder: Path, needed: int, reclaimable: int = 0) -> None:
+    free = shutil.disk_usage(folder).free + reclaimable
     if needed > free:
         raise StorageError(
             f"TUNER_CACHE_DIR: must have {needed / _GIGABYTE:.1f} GB free for the decoded images, "

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from tuner.data.cache import touch
 from tuner.data.content import hash_content
 from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import ImageIndex, Split
@@ -75,6 +76,7 @@ def pretrain_backbone(
     facts = _list_facts(plan)
     path = _place(facts)
     if _is_readable(path):
+        touch(path)
         return path
     model = _start_model(plan)
     epochs = _train_model(plan, model, device, on_epoch)

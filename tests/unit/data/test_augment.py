@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tuner.data.augment import affine_matrices, augment, warp
+from tuner.data.augment import affine_matrices, augment, draw_fresh, warp
 
 
 def make_images(n_images: int = 1, size: int = 8) -> Tensor:
@@ -23,16 +23,27 @@ def make_matrix(**values: float) -> Tensor:
 def run(images: Tensor, *, strength: float = 1.0, horizontal_flip: bool = True, seed: int = 0) -> Tensor:
     """Augment with a fresh generator."""
     generator = torch.Generator().manual_seed(seed)
-    return augment(images, strength=strength, horizontal_flip=horizontal_flip, generator=generator)
+    draws = draw_fresh(len(images), generator)
+    return augment(images, draws, strength=strength, horizontal_flip=horizontal_flip)
 
 
 def test_augment_with_strength_0_is_exactly_none() -> None:
-    """The very same tensor comes back, and the generator does not move."""
+    """The very same tensor comes back."""
     images = make_images()
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    assert augment(images, strength=0.0, horizontal_flip=True, generator=generator) is images
-    assert torch.equal(before, generator.get_state())
+    draws = draw_fresh(1, torch.Generator().manual_seed(0))
+    assert augment(images, draws, strength=0.0, horizontal_flip=True) is images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_augment_shows_an_image_alone_as_in_a_batch(dtype: torch.dtype) -> None:
+    """An image's version is its own, and keeps the type of its pixels."""
+    images, draws = make_images(7).to(dtype), draw_fresh(7, torch.Generator().manual_seed(2))
+    together = augment(images, draws, strength=0.7, horizontal_flip=True)
+    alone = [
+        augment(images[i : i + 1], draws[i : i + 1], strength=0.7, horizontal_flip=True) for i in range(len(images))
+    ]
+    torch.testing.assert_close(torch.cat(alone), together)
+    assert together.dtype == dtype
 
 
 def test_augment_draws_for_each_image() -> None:

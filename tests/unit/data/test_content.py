@@ -50,7 +50,9 @@ def test_hash_content_reads_files_once(tmp_path: Path, cache: Path) -> None:
     first = hash_content(index, ROWS)
     (note,) = (cache / "content").iterdir()
     note.write_text("f" * 64)
+    os.utime(note, (0, 0))
     assert hash_content(index, ROWS) == "f" * 64
+    assert note.stat().st_mtime > 0
     note.write_text("torn")
     assert hash_content(index, ROWS) == first
 

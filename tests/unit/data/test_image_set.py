@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tuner.data.image_set import ImageSet, load_image_set, move_to
+from tuner.data.image_set import ImageSet, choose_residence, load_image_set, move_to
 from tuner.data.index import ImageIndex, Split
+from tuner.data.locks import is_mapped
 from tuner.errors import DataError
 from tuner.spec.sections import DataSection
 
@@ -105,6 +106,27 @@ def test_load_image_set_gives_a_writable_view(cache: Path) -> None:
     """A write by mistake neither crashes nor reaches the cache."""
     load(make_index(), Split.TRAIN).pixels.fill_(200)
     assert load(make_index(), Split.TRAIN).pixels.max() == 7
+
+
+@pytest.mark.parametrize("which", [(Split.TRAIN,), (Split.VAL,), (Split.TRAIN, Split.VAL), (Split.TEST,)])
+def test_load_image_set_copies_nothing(cache: Path, which: tuple[Split, ...]) -> None:
+    """What the CPU trains on is the map itself, so data larger than the memory is no trouble."""
+    images = move_to(load(make_index(), *which), torch.device("cpu", 0))
+    (path,) = (cache / "pixels").glob("*.npy")
+    assert is_mapped(path)
+    del images
+    assert not is_mapped(path)
+
+
+@pytest.mark.parametrize(("n_bytes", "expected"), [(400, "device"), (401, "pinned"), (800, "pinned"), (801, "mapped")])
+def test_choose_residence_prefers_the_fastest_memory_with_room(n_bytes: int, expected: str) -> None:
+    """On the device up to 40 % of what is free there, then pinned up to 40 % of what the host has, then mapped."""
+    assert choose_residence(n_bytes, device_bytes=1000, host_bytes=2000) == expected
+
+
+def test_choose_residence_pins_nothing_where_memory_is_unknown() -> None:
+    """A system that does not say what is left gets no pinned copy."""
+    assert choose_residence(1, device_bytes=0, host_bytes=0) == "mapped"
 
 
 def test_move_to_stays_where_it_is() -> None:

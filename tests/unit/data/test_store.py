@@ -1,5 +1,6 @@
 """Tests of tuner.data.store."""
 
+import os
 import re
 import threading
 from pathlib import Path
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tuner.data.cache import list_entries
 from tuner.data.index import ImageIndex
 from tuner.data.source_folder import read_image_folder
-from tuner.data.store import PixelStore, open_store
+from tuner.data.store import PixelStore, check_room, open_store
 from tuner.errors import DataError, StorageError
 from tuner.spec.sections import DataSection
 
@@ -68,7 +70,7 @@ def test_open_store_decodes_once(tmp_path: Path) -> None:
     index = read_image_folder(section)
     first = open_all(section, index)
     second = open_all(section, forbid_opening(index))
-    assert isinstance(second.pixels, np.memmap)
+    assert np.shares_memory(second.pixels, second.pixels.base)
     assert (first.pixels == second.pixels).all()
 
 
@@ -208,6 +210,63 @@ def test_open_store_refuses_a_cache_that_cannot_be_written(tmp_path: Path, cache
     message = r"^TUNER_CACHE_DIR: must be a folder that can be written, got '.*pixels' \(.+\); set TUNER_CACHE_DIR to"
     with pytest.raises(StorageError, match=message):
         open_all(make_section(write_data(tmp_path / "data")))
+
+
+def test_open_store_is_built_over_budget(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training needs the pixels: what else can be evicted makes room for them, and they are there all the same."""
+    monkeypatch.setenv("TUNER_CACHE_GB", "0")
+    features = cache / "features" / f"{'a' * 64}.npy"
+    features.parent.mkdir(parents=True)
+    features.write_bytes(b"features")
+    section = make_section(write_data(tmp_path / "data"))
+    index = read_image_folder(section)
+    assert open_all(section, index).pixels.shape == (10, 3, 8, 8)
+    assert not features.exists()
+    assert len(open_all(section, forbid_opening(index)).rows) == 10
+
+
+def test_open_store_marks_its_use(tmp_path: Path, cache: Path) -> None:
+    """What a study opens is evicted after what nobody has used for longer; the list says what it is."""
+    section = make_section(write_data(tmp_path / "data"))
+    open_all(section)
+    (path,) = (cache / "pixels").glob("*.npy")
+    os.utime(path, (0, 0))
+    open_all(section)
+    assert path.stat().st_mtime > 0
+    (entry,) = list_entries()
+    assert entry.text == f"10 images of {tmp_path / 'data'}, 8 px, squash, bilinear"
+
+
+def test_open_store_evicts_no_store_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study with two interpolations over budget does not decode them in turns."""
+    monkeypatch.setenv("TUNER_CACHE_GB", "0")
+    section = make_section(write_data(tmp_path / "data"))
+    index = read_image_folder(section)
+    first = open_all(section, index)
+    open_store(index, range(10), section, interpolation="nearest")
+    again = open_all(section, forbid_opening(index))
+    assert (first.pixels == again.pixels).all()
+
+
+def test_check_room_refuses_a_bad_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run learns it before it decodes."""
+    monkeypatch.setenv("TUNER_CACHE_GB", "much")
+    section = make_section(write_data(tmp_path / "data"))
+    with pytest.raises(StorageError, match=r"^TUNER_CACHE_GB: must be a number of gigabytes, 0 or more, got 'much'$"):
+        check_room(read_image_folder(section), np.arange(10), section, interpolations=["bilinear"])
+
+
+def test_check_room_counts_what_can_be_evicted(tmp_path: Path, cache: Path) -> None:
+    """A disk that is full of old features has room for new pixels."""
+    section = make_section(write_data(tmp_path / "data"), image_size=300_000)
+    index = read_image_folder(section)
+    with pytest.raises(StorageError, match=r"^TUNER_CACHE_DIR: must have 2700.0 GB free for the decoded images, got"):
+        check_room(index, np.arange(10), section, interpolations=["bilinear"])
+    features = cache / "features" / f"{'a' * 64}.npy"
+    features.parent.mkdir()
+    features.touch()
+    os.truncate(features, 3 * 10**12)  # a hole
+    assert check_room(index, np.arange(10), section, interpolations=["bilinear"]) == 27 * 10**11
 
 
 def test_open_store_takes_no_rows(tmp_path: Path) -> None:

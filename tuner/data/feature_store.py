@@ -1,0 +1,156 @@
+"""Features once: what a frozen backbone makes of images, as memory-mapped arrays shared by all workers and studies."""
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuner.data.array_file import create_array, map_array
+from tuner.data.cache import make_room, touch
+from tuner.data.locks import locked
+from tuner.paths import cache_root, replacing
+
+_FORMAT = 1
+"""Raised when the files look different."""
+_CHUNK_BYTES = 1 << 20
+_verified: set[tuple[int, int, int, int]] = set()
+"""Files whose bytes this process has compared with their checksum: device, inode, size and checksum."""
+
+Fill = Callable[[NDArray[np.float32]], None]
+"""Writes every element of the array that it is given, float32, shape ``(n_images, width)``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureBank:
+    """Features of images, one row each."""
+
+    features: NDArray[np.float32]
+    """Shape ``(n_images, width)``; memory-mapped, copy on write, or in memory if it could not be kept. A mapped bank is
+    never evicted, so let go of one that is no longer needed."""
+    seconds: float
+    """What computing it took when it was computed."""
+    was_there: bool
+    is_kept: bool
+    """Whether the cache holds it now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What to compute, and where it is kept."""
+
+    path: Path
+    key: Mapping[str, Any]
+    shape: tuple[int, int]
+    fill: Fill
+    text: str
+
+    @property
+    def sidecar(self) -> Path:
+        """The file that tells a whole bank from a torn one."""
+        return self.path.with_suffix(".json")
+
+
+def open_bank(key: Mapping[str, Any], *, shape: tuple[int, int], fill: Fill, text: str = "") -> FeatureBank:
+    """Return features, from the cache if they are there.
+
+    One process computes them, the others wait for it. A file that is torn, cut short, changed or of another shape is
+    made again. What does not fit the budget or the disk, or cannot be written, is computed into memory instead.
+
+    Args:
+        key: Everything that decides the features, as plain JSON; equal keys mean equal features.
+        shape: Number of images and width.
+        fill: Computes them. Called again, for memory, if the disk fails after the first time.
+        text: What they are, for a person who lists the cache.
+
+    Raises:
+        StorageError: If ``TUNER_CACHE_GB`` is no number.
+    """
+    name = sha256(json.dumps({"format": _FORMAT, "key": key}, sort_keys=True).encode()).hexdigest()
+    path = cache_root() / "features" / f"{name}.npy"
+    job = _Job(path=path, key=key, shape=shape, fill=fill, text=text)
+    kept = None
+    if all(shape):
+        with suppress(OSError):  # a cache that cannot be used costs time, never the trial
+            kept = _read_bank(job) or _keep_bank(job)
+    if kept is not None:
+        return kept
+    # Not under the lock: those who waited for it compute theirs at the same time.
+    features = np.empty(shape, dtype=np.float32)
+    return FeatureBank(features=features, seconds=_time_fill(fill, features), was_there=False, is_kept=False)
+
+
+def _read_bank(job: _Job) -> FeatureBank | None:
+    """Return the bank if it is there and whole."""
+    try:
+        facts = json.loads(job.sidecar.read_text(encoding="utf-8"))
+        with job.path.open("rb") as file:
+            features = map_array(file, np.float32, job.shape)
+            if not _is_whole(file, facts["checksum"]):
+                return None
+        seconds = float(facts["seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    touch(job.path)
+    return FeatureBank(features=features, seconds=seconds, was_there=True, is_kept=True)
+
+
+def _keep_bank(job: _Job) -> FeatureBank | None:
+    """Compute the bank into the cache, or wait for who does; None if it cannot be kept."""
+    with locked(job.path):
+        if bank := _read_bank(job):  # another process was faster
+            return bank
+        job.path.unlink(missing_ok=True)
+        if not make_room(int(np.prod(job.shape, dtype=object)) * 4):
+            return None
+        seconds = _build_bank(job)
+        bank = _read_bank(job)
+    return bank and FeatureBank(features=bank.features, seconds=seconds, was_there=False, is_kept=True)
+
+
+def _build_bank(job: _Job) -> float:
+    with replacing(job.path) as temporary:
+        features = create_array(temporary, np.float32, job.shape)
+        seconds = _time_fill(job.fill, features)
+        features.flush()
+        del features
+        with temporary.open("rb") as file:
+            checksum = _compute_checksum(file)
+        facts = {"text": job.text, "key": job.key, "shape": job.shape, "seconds": seconds, "checksum": checksum}
+        with replacing(job.sidecar) as sidecar:
+            sidecar.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return seconds
+
+
+def _time_fill(fill: Fill, features: NDArray[np.float32]) -> float:
+    start = time.perf_counter()
+    fill(features)
+    return time.perf_counter() - start
+
+
+def _is_whole(file: IO[bytes], checksum: int) -> bool:
+    """Compare a file with its checksum, once per process."""
+    status = os.fstat(file.fileno())
+    identity = (status.st_dev, status.st_ino, status.st_size, checksum)
+    if identity not in _verified:
+        if _compute_checksum(file) != checksum:
+            return False
+        _verified.add(identity)
+    return True
+
+
+def _compute_checksum(file: IO[bytes]) -> int:
+    """Return the CRC-32 of all bytes, read and not mapped: a disk that fails is then an error, not a signal."""
+    file.seek(0)
+    checksum = 0
+    while chunk := file.read(_CHUNK_BYTES):
+        checksum = zlib.crc32(chunk, checksum)
+    return checksum
