@@ -19,7 +19,8 @@ from tuner.search.pruners import PRUNERS
 from tuner.search.samplers import SAMPLERS
 from tuner.search.storage import open_storage
 from tuner.search.studies import StudyFacts, open_study
-from tuner.search.trial_book import EPOCHS_ATTR, PARAMS_ATTR, TrialBook
+from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR
+from tuner.search.trial_book import TrialBook
 from tuner.spec.sections import StudySpec
 from tuner.spec.study import parse_spec
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState
@@ -134,6 +135,7 @@ def finish(book: TrialBook, number: int, params: TrialParams) -> None:
         if book.report(number, make_epoch(params, epoch)):
             book.tell(number, PRUNED)
             return
+        book.flush()
     book.tell(number, COMPLETE)
 
 
@@ -161,6 +163,7 @@ def drive(
             book.tell(number, outcomes[number])
         else:
             finish(book, number, params)
+        book.flush()
 
 
 def list_points(trials: list[FrozenTrial]) -> list[tuple[Any, ...]]:
@@ -199,6 +202,7 @@ def test_search_reaches_the_exact_count_over_kills(tmp_path: Path, sampler: str,
             if n_wanted < N_TRIALS:
                 assert book.ask() is not None
                 assert book.ask() is not None
+                book.flush()
     trials = read_plainly(tmp_path)
     points = list_points(trials)
     assert len(points) == N_TRIALS
@@ -243,6 +247,7 @@ def test_grid_ends_with_the_last_point(tmp_path: Path) -> None:
         assert book.max_trials == 2 * 4 * 3
         drive(book, 12)
         assert book.ask() is not None
+        book.flush()
     with open_book(tmp_path, spec) as book:
         assert book.prepare() == 1
         drive(book, 24)

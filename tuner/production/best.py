@@ -6,7 +6,7 @@ from typing import Any
 from tuner.errors import ExportError
 from tuner.production.reading import open_stored
 from tuner.search.studies import StoredStudy, find_best
-from tuner.search.trial_book import PARAMS_ATTR
+from tuner.search.trial_attrs import PARAMS_ATTR
 from tuner.spec.sections import BackboneSection
 
 

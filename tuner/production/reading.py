@@ -12,7 +12,7 @@ from tuner.errors import StudyError
 from tuner.search.storage import hold_lock, resolve_url, study_lock_path, use_storage
 from tuner.search.studies import StoredStudy, delete_stored, load_stored
 from tuner.search.summaries import StudySummary, list_studies
-from tuner.search.trial_book import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
+from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
 from tuner.service.kept_models import remove_models
 from tuner.service.result import StudyStatus, read_status
 
@@ -97,13 +97,13 @@ def read_trial(study: str, number: int, storage: str | None = None) -> dict[str,
             "recipe": trial.user_attrs.get(PARAMS_ATTR),
             "started": _write_time(trial.datetime_start),
             "ended": _write_time(trial.datetime_complete),
-            **{key: value for key, value in trial.user_attrs.items() if key not in {PARAMS_ATTR, "ending"}},
+            **{key: value for key, value in trial.user_attrs.items() if key != PARAMS_ATTR},
         }
 
 
 def _write_time(time: datetime | None) -> str | None:
-    """Return a time of Optuna's database, which is UTC without saying so."""
-    return None if time is None else time.replace(tzinfo=UTC).isoformat(timespec="seconds")
+    """Return a time of Optuna's, which is this machine's without saying so, in UTC."""
+    return None if time is None else time.astimezone(UTC).isoformat(timespec="seconds")
 
 
 def describe_trial(trial: dict[str, Any]) -> str:

@@ -23,7 +23,8 @@ from tuner.trial import TrialParams
 Point = dict[str, Any]
 """What Optuna suggests: one value for each param of the space."""
 
-_SANE_LR = {"adamw": 3e-4, "adam": 3e-4, "sgd": 1e-2}
+SANE_LR = {"adamw": 3e-4, "adam": 3e-4, "sgd": 1e-2}
+"""A learning rate at which full fine-tuning goes well, by optimizer."""
 
 
 def make_distributions(spec: StudySpec, group_counts: Mapping[str, int]) -> dict[str, BaseDistribution]:
@@ -135,18 +136,18 @@ def project_default_recipe(spec: StudySpec, distributions: Mapping[str, BaseDist
     Full fine-tuning of the first backbone, batch 32, mild augmentation, and the learning rate that suits the
     optimizer; params without such a value take their default.
     """
-    optimizer = _project("adamw", distributions["optimizer"]) if "optimizer" in distributions else None
+    optimizer = project_value("adamw", distributions["optimizer"]) if "optimizer" in distributions else None
     wanted: Point = {name: parameter.default for name, parameter in PARAMETERS.items()}
     wanted |= {
-        "lr": _SANE_LR[optimizer or str(spec.training.optimizer or "adamw")],
+        "lr": SANE_LR[optimizer or str(spec.training.optimizer or "adamw")],
         "batch_size": 32,
         "unfrozen_layers": sys.maxsize,
         "augmentation_strength": 0.25,
     }
-    return {name: _project(wanted[name], distribution) for name, distribution in distributions.items()}
+    return {name: project_value(wanted[name], distribution) for name, distribution in distributions.items()}
 
 
-def _project(value: Any, distribution: BaseDistribution) -> Any:
+def project_value(value: Any, distribution: BaseDistribution) -> Any:
     """Return the distribution's point that is nearest to a value; the first choice where there is no distance."""
     if isinstance(distribution, CategoricalDistribution):
         choices = distribution.choices
@@ -171,13 +172,18 @@ def list_grid(distributions: Mapping[str, BaseDistribution], *, seed: int) -> li
     """
     points = [
         dict(zip(distributions, values, strict=True))
-        for values in itertools.product(*(list(_list_values(each)) for each in distributions.values()))
+        for values in itertools.product(*(list(list_values(each)) for each in distributions.values()))
     ]
     random.Random(seed).shuffle(points)  # noqa: S311 - an order, not a secret
     return points
 
 
-def _list_values(distribution: BaseDistribution) -> Iterator[Any]:
+def list_values(distribution: BaseDistribution) -> Iterator[Any]:
+    """Yield every value of a finite distribution.
+
+    Raises:
+        TypeError: If it is not finite.
+    """
     match distribution:
         case CategoricalDistribution():
             yield from distribution.choices
@@ -194,4 +200,4 @@ def _list_values(distribution: BaseDistribution) -> Iterator[Any]:
 
 def count_grid(distributions: Mapping[str, BaseDistribution]) -> int:
     """Return how many points a finite space has."""
-    return math.prod(len(list(_list_values(each))) for each in distributions.values())
+    return math.prod(len(list(list_values(each))) for each in distributions.values())

@@ -12,9 +12,12 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState as OptunaState
 
 from tuner.errors import StudyError
+from tuner.search.backbone_sampler import make_screened_sampler
 from tuner.search.distributions import count_grid, make_distributions
+from tuner.search.mirror import MirrorStorage
 from tuner.search.pruners import make_pruner
 from tuner.search.samplers import make_sampler
+from tuner.search.screening import is_screen
 from tuner.spec.sections import StudySpec
 from tuner.spec.suggestions import did_you_mean
 
@@ -73,6 +76,8 @@ class StoredStudy:
     study: optuna.Study
     spec: StudySpec
     facts: StudyFacts
+    mirror: MirrorStorage | None = None
+    """The storage that ``study`` is over, to be flushed by who changes trials; None if the study is only read."""
 
     @property
     def name(self) -> str:
@@ -154,16 +159,17 @@ def check_stored(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> int
 
 
 def _equip(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
-    """Load a study with its sampler and pruner."""
-    bare = optuna.load_study(storage=storage, study_name=spec.study.name)
-    n_stored = len(bare.get_trials(deepcopy=False))
+    """Load a study to run it: over a mirror, with its sampler and pruner."""
+    mirror = MirrorStorage(storage, spec.study.name)
+    n_stored = mirror.get_n_trials(mirror.get_study_id_from_name(spec.study.name))
+    make = make_screened_sampler if spec.search.screen else make_sampler
     study = optuna.load_study(
-        storage=storage,
+        storage=mirror,
         study_name=spec.study.name,
-        sampler=make_sampler(spec.search.sampler, study_seed=spec.study.seed, n_stored=n_stored),
+        sampler=make(spec.search.sampler, study_seed=spec.study.seed, n_stored=n_stored),
         pruner=make_pruner(spec.search.pruner, epochs=spec.training.epochs),
     )
-    return StoredStudy(study=study, spec=spec, facts=facts)
+    return StoredStudy(study=study, spec=spec, facts=facts, mirror=mirror)
 
 
 def find_changes(stored: StudySpec, new: StudySpec) -> list[str]:
@@ -250,10 +256,10 @@ def store_spec(stored: StoredStudy) -> None:
 
 
 def count_states(study: optuna.Study) -> dict[str, int]:
-    """Return how many trials are in each of Optuna's states."""
+    """Return how many trials are in each of Optuna's states, those of the screen left out."""
     counts = {state.name: 0 for state in OptunaState}
     for trial in study.get_trials(deepcopy=False):
-        counts[trial.state.name] += 1
+        counts[trial.state.name] += not is_screen(trial)
     return counts
 
 

@@ -1,9 +1,7 @@
 """The trials of a running study: asked, reported, told and queued again. One process holds the book."""
 
-import dataclasses
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -18,24 +16,37 @@ from tuner.search.distributions import (
     resolve_params,
 )
 from tuner.search.samplers import derive_seed
+from tuner.search.screening import (
+    DEEPER_ATTR,
+    SCREEN_ATTR,
+    choose_deeper,
+    find_missing,
+    is_counted,
+    is_screen,
+    list_screen_points,
+)
 from tuner.search.studies import StoredStudy, find_best
-from tuner.trial import ClassReport, EpochResult, Reason, TrialOutcome, TrialParams, TrialState
+from tuner.search.trial_attrs import LAYERS_ATTR, PARAMS_ATTR, REASON_ATTR, describe_end
+from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState, Usage
 
-PARAMS_ATTR = "params_resolved"
-EPOCHS_ATTR = "epochs"
-REASON_ATTR = "reason"
-_ENDING_ATTR = "ending"
-_MAX_MATRIX_CLASSES = 100
-"""Of more classes a whole matrix per trial would slow down every reader of the database."""
-_COUNTED = (OptunaState.COMPLETE, OptunaState.PRUNED)
 _CONSTRAINTS_KEY = "constraints"
 """Optuna's older key: the only form that both Optuna 5 and its dashboard 0.21 read."""
 
 
 class TrialBook:
-    """Keeps the count exact: a trial counts when it is COMPLETE or PRUNED, and each is told once."""
+    """Keeps the count exact: a trial counts when it is COMPLETE or PRUNED, and each is told once.
+
+    What happens to trials is stored by ``flush``. A kill loses what came after the last one: a trial is then in the
+    file as running, and is adopted by the next run, or not at all, and its number is given again.
+
+    Raises:
+        ValueError: If the study was loaded to be read only.
+    """
 
     def __init__(self, stored: StoredStudy) -> None:
+        if stored.mirror is None:
+            raise ValueError("a trial book needs a study that was opened to run, got one that is only read")
+        self._mirror = stored.mirror
         self._study = stored.study
         self._spec = stored.spec
         self._group_counts = stored.facts.group_counts
@@ -45,9 +56,17 @@ class TrialBook:
         self._is_exhausted = False
         self._is_grid = self._spec.search.sampler == "grid"
         self._grid = list_grid(self._distributions, seed=self._spec.study.seed) if self._is_grid else []
+        trials = self._study.get_trials(deepcopy=False)
+        self._n_finished = sum(map(is_counted, trials))
+        best = find_best(self._study)
+        self._best = None if best is None else (best.number, best.value or 0.0)
+        self._n_queued_screen = sum(is_screen(trial) and trial.state == OptunaState.WAITING for trial in trials)
+        self._running_screen: set[int] = set()
 
     def prepare(self) -> int:
         """Adopt what an earlier run left: end its running trials and queue them again; fill an empty study's queue.
+
+        All of it is stored when this returns.
 
         Returns:
             How many trials were left running.
@@ -55,15 +74,20 @@ class TrialBook:
         orphans = self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,))
         for orphan in orphans:
             self._adopt(orphan)
-        for point in self._first_points():
+        first_points = self._first_points()  # before the screen, since they ask whether the study is new
+        self._queue_screen()
+        for point in first_points:
             self._study.enqueue_trial(point, skip_if_exists=True)
+        self._queue_deeper()
+        self.flush()
         return len(orphans)
 
+    def flush(self) -> None:
+        """Write what happened since the last flush, in one transaction."""
+        self._mirror.flush()
+
     def _adopt(self, orphan: FrozenTrial) -> None:
-        """End a trial that no process runs: as it was about to be told, or as interrupted."""
-        if (ending := orphan.user_attrs.get(_ENDING_ATTR)) is not None:
-            self._study.tell(orphan.number, ending["value"], state=OptunaState[ending["state"]])
-            return
+        """End a trial that no process runs as interrupted, and queue it again."""
         self._queue_again(orphan)
         attrs = {REASON_ATTR: Reason.INTERRUPTED.value, "message": "the run was killed", "feasible": True}
         for key, value in attrs.items():
@@ -76,11 +100,50 @@ class TrialBook:
         if self._spec.enqueue:
             return self._spec.enqueue
         is_new = not self._study.get_trials(deepcopy=False)
+        if self._spec.search.screen:
+            return []  # the screen proposes better ones
         return [project_default_recipe(self._spec, self._distributions)] if is_new else []
 
     def count_finished(self) -> int:
-        """Return how many trials count: COMPLETE and PRUNED ones of the whole study."""
-        return len(self._study.get_trials(deepcopy=False, states=_COUNTED))
+        """Return how many trials count: COMPLETE and PRUNED ones of the whole study, the screen's left out."""
+        return self._n_finished
+
+    def count_running(self) -> int:
+        """Return how many trials were asked and not told, the screen's left out."""
+        return len(self._running) - len(self._running_screen)
+
+    # --- the screen ---
+
+    @property
+    def has_queued_screen(self) -> bool:
+        """Whether the next trial is one of the screen."""
+        return self._n_queued_screen > 0
+
+    @property
+    def is_screening(self) -> bool:
+        """Whether a screen trial still waits or runs."""
+        return self._n_queued_screen + len(self._running_screen) > 0
+
+    def _queue_screen(self) -> None:
+        if self._spec.search.screen == 0:
+            return
+        points = list_screen_points(self._spec, self._distributions)
+        for missing in find_missing(points, self._study.get_trials(deepcopy=False)):
+            self._enqueue(missing.point, missing.attrs)
+
+    def _queue_deeper(self) -> None:
+        """Queue what a screen proposes once it is finished."""
+        trials = self._study.get_trials(deepcopy=False)
+        if self.is_screening or any(DEEPER_ATTR in trial.user_attrs for trial in trials):
+            return
+        for deeper in choose_deeper(trials, self._study.direction, self._spec, self._distributions):
+            self._enqueue(deeper.point, deeper.attrs)
+
+    def _enqueue(self, point: Point, attrs: Mapping[str, Any]) -> None:
+        self._study.enqueue_trial(point, user_attrs=dict(attrs))
+        self._n_queued_screen += SCREEN_ATTR in attrs
+
+    # --- one trial ---
 
     @property
     def max_trials(self) -> int:
@@ -92,11 +155,8 @@ class TrialBook:
         """Whether there is no point left to ask for."""
         return self._is_exhausted
 
-    def ask(self, device: str = "") -> tuple[int, TrialParams] | None:
+    def ask(self) -> tuple[int, TrialParams] | None:
         """Start the next trial, a queued one first.
-
-        Args:
-            device: Where it will run; kept with the trial.
 
         Returns:
             Its number and its resolved params; None if a grid has no point left.
@@ -107,11 +167,18 @@ class TrialBook:
         trial = self._study.ask(self._distributions)
         params = self._resolve(trial.number, trial.params)
         trial.set_user_attr(PARAMS_ATTR, params.to_json())
-        trial.set_user_attr("unfrozen_layers_resolved", params.unfrozen_layers)
-        trial.set_user_attr("device", device)
+        trial.set_user_attr(LAYERS_ATTR, params.unfrozen_layers)
         self._running[trial.number] = trial
         self._epochs[trial.number] = []
+        if SCREEN_ATTR in trial.user_attrs:
+            self._n_queued_screen -= 1
+            self._running_screen.add(trial.number)
         return trial.number, params
+
+    def place(self, numbers: Iterable[int], device: str) -> None:
+        """Record where trials run."""
+        for number in numbers:
+            self._running[number].set_user_attr("device", device)
 
     def _resolve(self, number: int, point: Point) -> TrialParams:
         seed = derive_seed(self._spec.study.seed, "trial", number, bits=63)
@@ -133,35 +200,43 @@ class TrialBook:
         """Record one epoch.
 
         Returns:
-            Whether the trial should be pruned.
+            Whether the trial should be pruned; one of the screen never is.
         """
         trial = self._running[number]
         self._epochs[number].append(result)
         trial.report(result.objective_value(self._spec.study.objective), step=result.epoch)
-        return result.epoch < self._spec.training.epochs and trial.should_prune()
+        may_prune = result.epoch < self._spec.training.epochs and number not in self._running_screen
+        return may_prune and trial.should_prune()
 
-    def best_number(self) -> int | None:
-        """Return the number of the best completed trial."""
-        best = find_best(self._study)
-        return best.number if best else None
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Number and value of the best completed trial, as ``find_best`` picks it."""
+        return self._best
 
-    def would_be_best(self, number: int, value: float) -> bool:
-        """Whether a trial that completes with this value would be the study's best, as ``find_best`` picks it."""
-        best = find_best(self._study)
-        if best is None or best.value is None:
-            return True
-        sign = -1 if self._study.direction == optuna.study.StudyDirection.MINIMIZE else 1
-        return (sign * value, -number) > (sign * best.value, -best.number)
+    def find_new_best(self, values: Mapping[int, float]) -> int | None:
+        """Return which of some trials would be the study's best, if they complete with these values; None: none."""
+        number = max(values, key=lambda each: self._rank(each, values[each]))
+        is_new = self._best is None or self._rank(number, values[number]) > self._rank(*self._best)
+        return number if is_new else None
 
-    def tell(self, number: int, outcome: TrialOutcome) -> float | None:
+    def _rank(self, number: int, value: float) -> tuple[float, int]:
+        """Return what is larger for a better trial, and for the earlier one of equals."""
+        return (-value if self._study.direction == optuna.study.StudyDirection.MINIMIZE else value, -number)
+
+    def tell(self, number: int, outcome: TrialOutcome, usage: Usage | None = None) -> float | None:
         """Finish a running trial, and queue its point again if it was lost.
+
+        Args:
+            number: The trial's.
+            outcome: How it ended.
+            usage: What it was trained with; None if that is not known.
 
         Returns:
             Its value, if it completed.
         """
         trial = self._running.pop(number)
         epochs = self._epochs.pop(number)
-        for key, attr in _describe(outcome, epochs, self._spec.study.objective).items():
+        for key, attr in describe_end(outcome, epochs, self._spec.study.objective, usage).items():
             trial.set_user_attr(key, attr)
         if outcome.reason and outcome.reason.infeasible:
             _mark_infeasible(self._study, trial)
@@ -169,23 +244,25 @@ class TrialBook:
         value = epochs[-1].objective_value(self._spec.study.objective) if is_complete else None
         if outcome.reason in {Reason.WORKER_LOST, Reason.INTERRUPTED}:
             self._queue_again(self._find(number), is_suspect=outcome.reason is Reason.WORKER_LOST)
-        # After this a kill loses nothing: the next start tells the trial as it was to be told.
-        trial.set_user_attr(_ENDING_ATTR, {"state": outcome.state.value, "value": value})
         self._study.tell(trial, value, state=OptunaState[outcome.state.name])
+        self._count(number, outcome.state, value)
         return value
+
+    def _count(self, number: int, state: TrialState, value: float | None) -> None:
+        if value is not None and self.find_new_best({number: value}) is not None:
+            self._best = (number, value)
+        if number not in self._running_screen:
+            self._n_finished += state is not TrialState.FAIL
+            return
+        self._running_screen.remove(number)
+        self._queue_deeper()
 
     def _queue_again(self, trial: FrozenTrial, *, is_suspect: bool = False) -> None:
         """Queue a lost trial's point as a new trial; once only where the point itself may be at fault."""
         attempt = trial.user_attrs.get("attempt", 0)
-        trials = self._study.get_trials(deepcopy=False)
-        is_queued = any(other.user_attrs.get("retry_of") == trial.number for other in trials)
-        if is_queued or (is_suspect and attempt > 0):
-            return
-        # A trial that was killed while it was asked may hold its point only as it was queued.
-        point = trial.system_attrs.get("fixed_params", {}) | trial.params
-        if point:
-            attrs = {"retry_of": trial.number, "attempt": attempt + is_suspect}
-            self._study.enqueue_trial(point, user_attrs=attrs)
+        if trial.params and not (is_suspect and attempt > 0):
+            purpose = {key: value for key, value in trial.user_attrs.items() if key in {SCREEN_ATTR, DEEPER_ATTR}}
+            self._enqueue(trial.params, purpose | {"retry_of": trial.number, "attempt": attempt + is_suspect})
 
     def _find(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
@@ -205,44 +282,3 @@ def _freeze(point: Point) -> tuple[tuple[str, Any], ...]:
 def _mark_infeasible(study: optuna.Study, trial: Trial) -> None:
     """Tell samplers that a point cannot be trained. Pinned to Optuna 5 by a contract test."""
     study._storage.set_trial_system_attr(trial._trial_id, _CONSTRAINTS_KEY, [1.0])  # noqa: SLF001
-
-
-def _describe(outcome: TrialOutcome, epochs: list[EpochResult], objective: str) -> dict[str, Any]:
-    """Return the user attributes of a finished trial."""
-    attrs: dict[str, Any] = {"feasible": not (outcome.reason and outcome.reason.infeasible)}
-    if epochs:
-        best = (min if objective == "val_loss" else max)(epochs, key=lambda result: result.objective_value(objective))
-        attrs |= {
-            "seconds": round(sum(result.seconds for result in epochs), 3),
-            "images_per_second": round(sum(result.images_per_second for result in epochs) / len(epochs), 1),
-            "best_epoch": best.epoch,
-            "best_epoch_value": best.objective_value(objective),
-            EPOCHS_ATTR: [dataclasses.asdict(result) for result in epochs],
-        }
-    if outcome.report:
-        attrs["class_report"] = _describe_report(outcome.report)
-    if outcome.reason:
-        attrs |= {REASON_ATTR: outcome.reason.value, "message": outcome.message}
-    if outcome.traceback:
-        attrs["traceback"] = outcome.traceback
-    return attrs
-
-
-def _describe_report(report: ClassReport) -> dict[str, Any]:
-    """Return a report as JSON; of many classes only the cells that hold something, as (true, predicted, count)."""
-    described = dataclasses.asdict(report)
-    if len(report.recall) > _MAX_MATRIX_CLASSES:
-        matrix = described.pop("confusion_matrix")
-        described["confusion_cells"] = [
-            (true, predicted, count) for true, row in enumerate(matrix) for predicted, count in enumerate(row) if count
-        ]
-    return described
-
-
-def count_reasons(study: optuna.Study) -> Counter[tuple[str, str]]:
-    """Return how many PRUNED and FAIL trials there are by state and reason."""
-    return Counter(
-        (trial.state.name, trial.user_attrs.get(REASON_ATTR, Reason.INTERRUPTED.value))
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state in {OptunaState.PRUNED, OptunaState.FAIL}
-    )

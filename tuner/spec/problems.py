@@ -5,7 +5,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from tuner.spec.sections import DataSection, Section
+from tuner.spec.sections import DataSection, SearchSection, Section
 from tuner.spec.space import PARAMETERS, Choices, Distribution, FloatRange, IntRange, contains, describe
 from tuner.spec.suggestions import did_you_mean
 
@@ -83,6 +83,8 @@ def find_conflicts(parts: dict[str, Any], tables: dict[str, Any]) -> list[str]:
     problems += _find_fixed_problems(fixed, space)
     problems += _find_backbone_problems(fixed.get("backbone"), space, tables)
     problems += _find_enqueue_problems(tables.get("enqueue", []), space)
+    if getattr(parts.get("search"), "screen", 0) > 0:
+        problems += _find_screen_problems(parts["search"], fixed.get("unfrozen_layers", "all"), space)
     if getattr(parts.get("search"), "sampler", None) == "grid":
         problems += _find_grid_problems(space)
         if tables.get("enqueue"):
@@ -165,6 +167,27 @@ def _find_entry_problem(name: str, value: Any, space: dict[str, Distribution | N
         return ""
     must = "must be" if isinstance(distribution, Choices) else "must lie in"
     return f"{must} {describe(distribution)}, got {value!r}"
+
+
+def _find_screen_problems(search: SearchSection, fixed: Any, space: dict[str, Distribution | None]) -> list[str]:
+    """Return why heads cannot be screened.
+
+    Args:
+        search: With a screen.
+        fixed: The unfrozen layers of trials whose space has none.
+        space: By param; None where a distribution is wrong by itself.
+    """
+    must = "search.screen: must be 0"
+    problems = []
+    if search.sampler == "grid":
+        problems.append(f"{must} with sampler = 'grid', which tries every point in its own order, got {search.screen}")
+    got = f"where no trial trains the head alone, got {search.screen}"
+    if "unfrozen_layers" not in space:
+        if fixed != 1:
+            problems.append(f"{must} {got}; let space.unfrozen_layers start at 1, or set training.unfrozen_layers = 1")
+    elif (searched := space["unfrozen_layers"]) is not None and not contains(searched, 1):
+        problems.append(f"{must} {got}; let space.unfrozen_layers reach 1, which is the classifier")
+    return problems
 
 
 def _find_grid_problems(space: dict[str, Distribution | None]) -> list[str]:

@@ -100,6 +100,7 @@ def store_study(folder: Path, spec: StudySpec, *, accuracies: tuple[float, ...] 
             book.tell(number, TrialOutcome(state=TrialState.COMPLETE))
         number, _ = _ask(book)
         book.tell(number, TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER))
+        book.flush()
     finally:
         storage.remove_session()
         storage.engine.dispose()

@@ -105,13 +105,14 @@ def make_epoch(epoch: int, value: float, *, loss: float | None = None) -> EpochR
 
 
 def run_trial(book: TrialBook, values: tuple[float, ...] = (0.1, 0.2, 0.3)) -> int:
-    """Ask for a trial, report a curve, and complete it; return its number."""
+    """Ask for a trial, report a curve, complete it and have it stored; return its number."""
     asked = book.ask()
     assert asked is not None
     number, _ = asked
     for epoch, value in enumerate(values, start=1):
         book.report(number, make_epoch(epoch, value))
     book.tell(number, COMPLETE)
+    book.flush()
     return number
 
 

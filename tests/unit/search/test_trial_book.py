@@ -1,5 +1,6 @@
 """Tests of tuner.search.trial_book."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from optuna.trial import TrialState as OptunaState
 from optuna_dashboard._serializer import serialize_frozen_trial
 
 from tuner.search.studies import StoredStudy
-from tuner.search.trial_book import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR, TrialBook, count_reasons
+from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR, count_reasons
+from tuner.search.trial_book import TrialBook
 from tuner.trial import ClassReport, Reason, TrialOutcome, TrialParams, TrialState
 
 from .builders import (
@@ -64,6 +66,7 @@ def test_prepare_queues_the_default_recipe_first(tmp_path: Path) -> None:
     number, params = ask(book)
     assert (number, params.backbone, params.lr, params.unfrozen_layers) == (0, "test_resnet", 3e-4, 6)
     book.tell(number, PRUNED)
+    book.flush()
     again, stored = open_book(tmp_path)
     assert again.prepare() == 0
     assert count(stored, OptunaState.WAITING) == 0
@@ -176,21 +179,24 @@ def test_report_never_prunes_after_the_last_epoch(tmp_path: Path) -> None:
     assert [book.report(number, make_epoch(epoch, 0.1)) for epoch in (1, 2, 3, 4)] == [False, True, True, False]
 
 
-def test_would_be_best_compares_with_the_objective(tmp_path: Path) -> None:
-    """Accuracy goes up, loss goes down; of equals the earlier trial is the best, as ``best_number`` has it."""
+def test_find_new_best_compares_with_the_objective(tmp_path: Path) -> None:
+    """Accuracy goes up, loss goes down; of equals the earlier trial is the best, as ``best`` has it."""
     book, _ = open_book(tmp_path)
-    assert book.would_be_best(0, 0.0)
+    assert book.best is None
+    assert book.find_new_best({0: 0.0}) == 0
     first, _ = ask(book)
     best = run_trial(book, (0.1, 0.2, 0.5))
-    assert [book.would_be_best(best + 1, value) for value in (0.5, 0.51)] == [False, True]
-    assert book.would_be_best(first, 0.5)
+    assert book.best == (best, 0.5)
+    assert [book.find_new_best({best + 1: value}) for value in (0.5, 0.51)] == [None, best + 1]
+    assert book.find_new_best({best + 2: 0.6, best + 1: 0.6, best + 3: 0.1}) == best + 1
+    assert book.find_new_best({first: 0.5}) == first
     for epoch, value in enumerate((0.1, 0.2, 0.5), start=1):
         book.report(first, make_epoch(epoch, value))
     book.tell(first, TrialOutcome(state=TrialState.COMPLETE))
-    assert book.best_number() == first
+    assert book.best == (first, 0.5)
     minimising, _ = open_book(tmp_path, study={"name": "loss", "objective": "val_loss"})
     best = run_trial(minimising, (0.1, 0.2, 0.5))
-    assert [minimising.would_be_best(best + 1, value) for value in (0.5, 0.49)] == [False, True]
+    assert [minimising.find_new_best({best + 1: value}) for value in (0.5, 0.49)] == [None, best + 1]
 
 
 # --- the exact count ---
@@ -254,6 +260,7 @@ def test_prepare_adopts_running_trials(tmp_path: Path) -> None:
     run_trial(book)
     killed = [ask(book) for _ in range(2)]
     book.report(killed[0][0], make_epoch(1, 0.4))
+    book.flush()
     resumed, stored = open_book(tmp_path)
     assert resumed.prepare() == 2
     states = [trial.state.name for trial in list_trials(stored)]
@@ -267,6 +274,7 @@ def test_prepare_adopts_only_once(tmp_path: Path) -> None:
     """A start that is killed itself adds nothing: the next one finds nothing left running."""
     book, _ = open_book(tmp_path)
     ask(book)
+    book.flush()
     for expected in (1, 0, 0):
         resumed, stored = open_book(tmp_path)
         assert resumed.prepare() == expected
@@ -274,63 +282,66 @@ def test_prepare_adopts_only_once(tmp_path: Path) -> None:
     assert count(stored, OptunaState.FAIL) == 1
 
 
-def test_prepare_queues_no_second_time_what_a_killed_adoption_queued(tmp_path: Path) -> None:
-    """Killed between queueing a trial again and ending it, the next start only ends it."""
-    book, stored = open_book(tmp_path)
-    number, params = ask(book)
-    stored.study.enqueue_trial(list_trials(stored)[number].params, user_attrs={"retry_of": number, "attempt": 0})
-    resumed, again = open_book(tmp_path)
-    assert resumed.prepare() == 1
-    assert count(again, OptunaState.WAITING) == 1
-    assert ask(resumed)[1].lr == params.lr
+def test_prepare_stores_what_it_adopted(tmp_path: Path) -> None:
+    """A start that is killed at once leaves nothing half done: each trial is both ended and queued, once."""
+    book, _ = open_book(tmp_path)
+    lost, _ = ask(book)
+    book.flush()
+    open_book(tmp_path)[0].prepare()
+    trials = read_plainly(tmp_path).trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "WAITING"]
+    assert trials[1].user_attrs["retry_of"] == lost
 
 
-@pytest.mark.parametrize(
-    ("ending", "state", "value"),
-    [
-        ({"state": "COMPLETE", "value": 0.7}, OptunaState.COMPLETE, 0.7),
-        ({"state": "PRUNED", "value": None}, OptunaState.PRUNED, 0.4),
-        ({"state": "FAIL", "value": None}, OptunaState.FAIL, None),
-    ],
-)
-def test_prepare_tells_a_trial_as_it_was_to_be_told(
-    tmp_path: Path, ending: dict[str, Any], state: OptunaState, value: float | None
-) -> None:
-    """A kill between writing the ending and telling it loses nothing and repeats nothing."""
+# --- what reaches the file ---
+
+
+def test_flush_stores_what_happened(tmp_path: Path) -> None:
+    """Before it the file knows nothing of a trial, after it everything."""
     book, stored = open_book(tmp_path)
+    book.prepare()
     number, _ = ask(book)
     book.report(number, make_epoch(1, 0.4))
-    trial_id = list_trials(stored)[number]._trial_id
-    stored.study._storage.set_trial_user_attr(trial_id, "ending", ending)
-    resumed, again = open_book(tmp_path)
-    assert resumed.prepare() == 1
-    trial = list_trials(again)[number]
-    assert (trial.state, trial.value) == (state, value)
-    assert count(again, OptunaState.WAITING) == 0
-    assert resumed.count_finished() == (0 if state == OptunaState.FAIL else 1)
-
-
-def test_tell_writes_the_ending_that_prepare_reads(tmp_path: Path) -> None:
-    """Every told trial carries its own ending."""
-    book, stored = open_book(tmp_path)
-    number = run_trial(book, (0.1, 0.2, 0.3))
-    book.tell(ask(book)[0], PRUNED)
-    endings = [trial.user_attrs["ending"] for trial in list_trials(stored)]
-    assert endings == [{"state": "COMPLETE", "value": 0.3}, {"state": "PRUNED", "value": None}]
-    assert number == 0
+    assert [trial.state.name for trial in read_plainly(tmp_path).trials] == ["WAITING"]
+    book.flush()
+    (trial,) = read_plainly(tmp_path).trials
+    assert (trial.state.name, trial.intermediate_values) == ("RUNNING", {1: 0.4})
+    assert trial.user_attrs == list_trials(stored)[number].user_attrs
 
 
 @pytest.mark.parametrize("sampler", ["random", "grid"])
-def test_prepare_queues_again_what_was_killed_while_it_was_asked(tmp_path: Path, sampler: str) -> None:
-    """Killed between taking a trial from the queue and writing its params, the queued point is not lost."""
-    _, stored = open_book(tmp_path, space=GRID, search={"sampler": sampler})
+def test_kill_before_a_flush_keeps_the_queue(tmp_path: Path, sampler: str) -> None:
+    """A point that was taken from the queue is in it until the trial that it became is stored with its params."""
     point = {"backbone": "test_vit", "dropout": 0.2}
+    book, stored = open_book(tmp_path, space=GRID, search={"sampler": sampler})
     stored.study.enqueue_trial(point)
-    stored.study._storage.set_trial_state_values(list_trials(stored)[0]._trial_id, OptunaState.RUNNING)
+    book.flush()
+    ask(book)
     resumed, again = open_book(tmp_path, space=GRID, search={"sampler": sampler})
-    assert resumed.prepare() == 1
+    assert resumed.prepare() == 0
     number, _ = ask(resumed)
-    assert list_trials(again)[number].params == point
+    assert (number, list_trials(again)[number].params) == (0, point)
+
+
+def test_tell_reaches_the_file_as_a_whole(tmp_path: Path) -> None:
+    """The end of a trial, its attributes and its place in the queue reach the file together or not at all."""
+    book, _ = open_book(tmp_path)
+    number, _ = ask(book)
+    book.flush()
+    book.tell(number, LOST)
+    (before,) = read_plainly(tmp_path).trials
+    assert (before.state.name, before.user_attrs.get(REASON_ATTR)) == ("RUNNING", None)
+    book.flush()
+    ended, queued = read_plainly(tmp_path).trials
+    assert (ended.state.name, ended.user_attrs[REASON_ATTR]) == ("FAIL", "worker_lost")
+    assert (queued.state.name, queued.user_attrs) == ("WAITING", {"retry_of": number, "attempt": 1})
+
+
+def test_trial_book_refuses_a_study_that_is_only_read(tmp_path: Path) -> None:
+    """What such a book wrote would reach the file trial by trial."""
+    stored = open_small(tmp_path)
+    with pytest.raises(ValueError, match="needs a study that was opened to run, got one that is only read"):
+        TrialBook(dataclasses.replace(stored, mirror=None))
 
 
 # --- infeasible points ---
@@ -343,6 +354,7 @@ def test_infeasible_trials_are_told_pruned_and_marked(tmp_path: Path) -> None:
     number, _ = ask(book)
     book.report(number, make_epoch(1, 0.99))
     book.tell(number, OUT_OF_MEMORY)
+    book.flush()
     study = read_plainly(tmp_path)
     trial = study.trials[number]
     assert trial.state == OptunaState.PRUNED
@@ -357,6 +369,7 @@ def test_infeasible_trials_show_in_the_dashboard(tmp_path: Path) -> None:
     book, _ = open_book(tmp_path)
     run_trial(book)
     book.tell(ask(book)[0], OUT_OF_MEMORY)
+    book.flush()
     feasible, infeasible = (serialize_frozen_trial(1, trial, {}) for trial in read_plainly(tmp_path).trials)
     assert infeasible["constraints"] == [1.0]
     assert feasible["constraints"] == []
@@ -422,6 +435,7 @@ def test_grid_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for _ in range(3):
         run_trial(book)
     ask(book)
+    book.flush()
     resumed, stored = open_grid(tmp_path)
     assert resumed.prepare() == 1
     while resumed.ask() is not None:

@@ -7,6 +7,7 @@ from tuner.errors import SpecError
 from .builders import MINIMAL, parse
 
 LR = "lr = { low = 0.1, high = 0.4 }\n"
+NO_HEADS = "where no trial trains the head alone, got 8"
 
 
 def list_lines(more: str, base: str = MINIMAL) -> list[str]:
@@ -169,6 +170,57 @@ def test_find_conflicts_refuses_to_queue_into_a_grid() -> None:
     more = 'dropout = { choices = [0.0, 0.1] }\n[[enqueue]]\ndropout = 0.1\n[search]\nsampler = "grid"'
     assert list_lines(more) == [
         "enqueue: must be left out with sampler = 'grid', which tries every point in its own order"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (
+            "",
+            f"{NO_HEADS}; let space.unfrozen_layers start at 1, or set training.unfrozen_layers = 1",
+        ),
+        (
+            "[training]\nunfrozen_layers = 2\n",
+            f"{NO_HEADS}; let space.unfrozen_layers start at 1, or set training.unfrozen_layers = 1",
+        ),
+        (
+            'unfrozen_layers = { low = 2, high = "all" }\n',
+            f"{NO_HEADS}; let space.unfrozen_layers reach 1, which is the classifier",
+        ),
+        (
+            "unfrozen_layers = { choices = [2, 3] }\n",
+            f"{NO_HEADS}; let space.unfrozen_layers reach 1, which is the classifier",
+        ),
+        (
+            'unfrozen_layers = { low = 1, high = "all" }\n[search]\nsampler = "grid"\n',
+            "with sampler = 'grid', which tries every point in its own order, got 8",
+        ),
+    ],
+)
+def test_find_conflicts_refuses_a_screen_without_heads(more: str, what: str) -> None:
+    """A screen trains heads alone, so the study must have such trials; a grid has an order of its own."""
+    table = "screen = 8" if "[search]" in more else "[search]\nscreen = 8"
+    assert list_lines(f"{more}{table}") == [f"search.screen: must be 0 {what}"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        'unfrozen_layers = { low = 1, high = "all" }\n',
+        "unfrozen_layers = { choices = [1, 3] }\n",
+        "[training]\nunfrozen_layers = 1\n",
+    ],
+)
+def test_find_conflicts_accepts_a_screen_of_heads(more: str) -> None:
+    """Heads are screened wherever the head alone is a level, searched or fixed."""
+    assert parse(f"{more}[search]\nscreen = 8").search.screen == 8
+
+
+def test_find_conflicts_says_one_thing_of_a_screen_over_a_broken_distribution() -> None:
+    """What is wrong with the unfrozen layers by itself causes no second line about the screen."""
+    assert list_lines("unfrozen_layers = { low = 3, high = 2 }\n[search]\nscreen = 8") == [
+        "space.unfrozen_layers: low must not exceed high, got low = 3, high = 2"
     ]
 
 

@@ -1,0 +1,70 @@
+"""What is stored with a trial besides what Optuna stores: its user attributes."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState as OptunaState
+
+from tuner.search.screening import is_screen
+from tuner.trial import ClassReport, EpochResult, Reason, TrialOutcome, Usage
+
+PARAMS_ATTR = "params_resolved"
+LAYERS_ATTR = "unfrozen_layers_resolved"
+EPOCHS_ATTR = "epochs"
+REASON_ATTR = "reason"
+_MAX_MATRIX_CLASSES = 100
+"""Of more classes a whole matrix per trial would slow down every reader of the database."""
+
+
+def describe_end(
+    outcome: TrialOutcome, epochs: list[EpochResult], objective: str, usage: Usage | None
+) -> dict[str, Any]:
+    """Return the user attributes of a finished trial.
+
+    Args:
+        outcome: How it ended.
+        epochs: What its epochs showed.
+        objective: The study's.
+        usage: What it was trained with, if that is known.
+    """
+    attrs: dict[str, Any] = {"feasible": not (outcome.reason and outcome.reason.infeasible)}
+    if epochs:
+        best = (min if objective == "val_loss" else max)(epochs, key=lambda result: result.objective_value(objective))
+        attrs |= {
+            "seconds": round(sum(result.seconds for result in epochs), 3),
+            "images_per_second": round(sum(result.images_per_second for result in epochs) / len(epochs), 1),
+            "best_epoch": best.epoch,
+            "best_epoch_value": best.objective_value(objective),
+            EPOCHS_ATTR: [dataclasses.asdict(result) for result in epochs],
+        }
+    if usage is not None and usage.features:
+        attrs |= dataclasses.asdict(usage)
+    if outcome.report:
+        attrs["class_report"] = _describe_report(outcome.report)
+    if outcome.reason:
+        attrs |= {REASON_ATTR: outcome.reason.value, "message": outcome.message}
+    if outcome.traceback:
+        attrs["traceback"] = outcome.traceback
+    return attrs
+
+
+def _describe_report(report: ClassReport) -> dict[str, Any]:
+    """Return a report as JSON; of many classes only the cells that hold something, as (true, predicted, count)."""
+    described = dataclasses.asdict(report)
+    if len(report.recall) > _MAX_MATRIX_CLASSES:
+        matrix = described.pop("confusion_matrix")
+        described["confusion_cells"] = [
+            (true, predicted, count) for true, row in enumerate(matrix) for predicted, count in enumerate(row) if count
+        ]
+    return described
+
+
+def count_reasons(study: optuna.Study) -> Counter[tuple[str, str]]:
+    """Return how many PRUNED and FAIL trials there are by state and reason, those of the screen left out."""
+    return Counter(
+        (trial.state.name, trial.user_attrs.get(REASON_ATTR, Reason.INTERRUPTED.value))
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state in {OptunaState.PRUNED, OptunaState.FAIL} and not is_screen(trial)
+    )
