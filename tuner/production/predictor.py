@@ -21,7 +21,7 @@ from tuner.data.source_folder import IMAGE_SUFFIXES
 from tuner.errors import DataError
 from tuner.production.machine import choose_device, find_own_code, reporting_memory, using_cores
 from tuner.training.batches import predict_logits
-from tuner.training.device import memory_format
+from tuner.training.device import MEMORY_FORMAT
 from tuner.training.package import Manifest, read_package
 
 
@@ -81,7 +81,7 @@ class Predictor:
     """
 
     def __init__(self, model: nn.Module, manifest: Manifest, device: torch.device) -> None:
-        self._model = model.to(device).to(memory_format=memory_format(device))
+        self._model = model.to(device).to(memory_format=MEMORY_FORMAT)
         self._device = device
         self.manifest = manifest
 

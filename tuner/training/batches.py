@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tuner.data.image_set import ImageSet
 from tuner.models.backbone import Preprocessing
-from tuner.training.device import autocast, memory_format
+from tuner.training.device import MEMORY_FORMAT, autocast
 
 _MIN_EVAL_BATCH = 64  # without gradients a larger batch than the trial's costs little memory
 
@@ -22,26 +22,45 @@ def count_batches(n_images: int, batch_size: int) -> int:
     return n_full if n_rest == 0 or (n_rest == 1 and n_full > 0) else n_full + 1
 
 
+def start_order(seed: int) -> torch.Generator:
+    """Return the CPU generator of a trial's batch order and fresh augmentation."""
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_order(n_images: int, generator: torch.Generator) -> Tensor:
+    """Draw the order in which an epoch takes its images: int64, shape ``(n_images,)``, on the CPU."""
+    return torch.randperm(n_images, generator=generator)
+
+
 def shuffle_batches(images: ImageSet, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Return the rows of each batch of an epoch, in an order drawn from the CPU generator, where the images are."""
     n_images = len(images.labels)
-    rows = torch.randperm(n_images, generator=generator).to(images.labels.device)
+    rows = draw_order(n_images, generator).to(images.labels.device)
     return torch.split(rows, batch_size)[: count_batches(n_images, batch_size)]
 
 
-def take_batch(images: ImageSet, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def find_dtype(model: nn.Module) -> torch.dtype:
+    """Return what a model is fed and its logits are kept in: float64 for a double model, float32 for all others."""
+    first = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    return torch.float64 if first == torch.float64 else torch.float32
+
+
+def take_batch(
+    images: ImageSet, rows: Tensor, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Return some images and their labels on the device.
 
     Args:
         images: On the device, or on the host.
         rows: Which ones, int64, shape ``(n,)``, where the images are.
         device: Where the batch is needed.
+        dtype: Of the pixels.
 
     Returns:
-        Pixels in [0, 1], float32, shape ``(n, 3, height, width)``, and labels, int64, shape ``(n,)``.
+        Pixels in [0, 1], shape ``(n, 3, height, width)``, and labels, int64, shape ``(n,)``.
     """
     pixels = _gather(images.pixels, rows, device)
-    return pixels.to(torch.float32).div_(255), _gather(images.labels, rows, device)
+    return pixels.to(dtype).div_(255), _gather(images.labels, rows, device)
 
 
 def _gather(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
@@ -54,11 +73,19 @@ def _gather(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def build_normaliser(preprocessing: Preprocessing, device: torch.device) -> Callable[[Tensor], Tensor]:
+def build_normaliser(
+    preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Callable[[Tensor], Tensor]:
     """Return the function from pixels in [0, 1] to a backbone's input, in the device's memory format."""
-    mean = torch.tensor(preprocessing.mean, device=device).reshape(1, -1, 1, 1)
-    std = torch.tensor(preprocessing.std, device=device).reshape(1, -1, 1, 1)
-    return lambda pixels: ((pixels - mean) / std).contiguous(memory_format=memory_format(device))
+    mean = torch.tensor(preprocessing.mean, device=device, dtype=dtype).reshape(1, -1, 1, 1)
+    std = torch.tensor(preprocessing.std, device=device, dtype=dtype).reshape(1, -1, 1, 1)
+    return lambda pixels: ((pixels - mean) / std).contiguous(memory_format=MEMORY_FORMAT)
+
+
+def list_eval_batches(images: ImageSet, batch_size: int = 1) -> tuple[Tensor, ...]:
+    """Return the rows of all images in their order, 64 or more at once: that costs little without gradients."""
+    rows = torch.arange(len(images.labels), device=images.labels.device)
+    return torch.split(rows, max(batch_size, _MIN_EVAL_BATCH))
 
 
 def predict_logits(
@@ -74,13 +101,17 @@ def predict_logits(
         batch_size: The trial's; at least 64 images are taken at once.
 
     Returns:
-        Float32, shape ``(n_images, n_classes)``, on the device.
+        Float32, or float64 of a double model, shape ``(n_images, n_classes)``, on the device.
     """
     model.eval()
-    normalise = build_normaliser(preprocessing, device)
-    rows = torch.arange(len(images.labels), device=images.labels.device)
-    batches = torch.split(rows, max(batch_size, _MIN_EVAL_BATCH))
+    dtype = find_dtype(model)
+    normalise = build_normaliser(preprocessing, device, dtype)
     # Not inference_mode: a backbone may keep a tensor that it computed in eval mode, and a later backward pass would
     # refuse an inference tensor.
     with torch.no_grad(), autocast(device):
-        return torch.cat([model(normalise(take_batch(images, chosen, device)[0])).float() for chosen in batches])
+        return torch.cat(
+            [
+                model(normalise(take_batch(images, rows, device, dtype)[0])).to(dtype)
+                for rows in list_eval_batches(images, batch_size)
+            ]
+        )

@@ -1,7 +1,7 @@
 """Train one trial, epoch by epoch."""
 
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -11,12 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tuner.data.augment import augment
+from tuner.data.augment import augment, draw_fresh
 from tuner.data.image_set import ImageSet
+from tuner.data.views import draw_view, find_view
 from tuner.models.backbone import Preprocessing, find_classifiers
 from tuner.models.layers import freeze_layers, group_layers
-from tuner.training.batches import build_normaliser, count_batches, predict_logits, shuffle_batches, take_batch
-from tuner.training.device import autocast, memory_format, seed_everything
+from tuner.training.batches import (
+    build_normaliser,
+    count_batches,
+    find_dtype,
+    predict_logits,
+    shuffle_batches,
+    start_order,
+    take_batch,
+)
+from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything
+from tuner.training.dropout import draw_kept, start_dropout
 from tuner.training.metrics import Scores, score_logits
 from tuner.training.optimizer import build_optimizer
 from tuner.training.schedule import build_schedule
@@ -69,7 +79,7 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
     Raises:
         Diverged: If a training loss is not finite.
     """
-    with _dropping_inputs(job.model, job.params.dropout):
+    with _dropping_inputs(job):
         training = _Training(job)
         for epoch in range(1, job.params.epochs + 1):
             loss = training.run_epoch(epoch)
@@ -79,7 +89,7 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
 
 
 def _train_and_validate(job: TrainingJob, val: ImageSet) -> Generator[tuple[EpochResult, ClassReport], None, None]:
-    with _dropping_inputs(job.model, job.params.dropout):
+    with _dropping_inputs(job):
         training = _Training(job)
         for epoch in range(1, job.params.epochs + 1):
             started = perf_counter()
@@ -87,7 +97,8 @@ def _train_and_validate(job: TrainingJob, val: ImageSet) -> Generator[tuple[Epoc
             train_seconds = perf_counter() - started
             scores = _validate(job, val, epoch)
             seconds = perf_counter() - started
-            yield _summarise(epoch, train_loss, scores, seconds, training.n_images / train_seconds), scores.report
+            speed = training.n_images / train_seconds
+            yield summarise_epoch(epoch, train_loss, scores, seconds=seconds, images_per_second=speed), scores.report
 
 
 class _Training:
@@ -97,49 +108,58 @@ class _Training:
         params = job.params
         seed_everything(params.seed)
         self._job = job
-        self._generator = torch.Generator().manual_seed(params.seed)
-        self._model = job.model.to(job.device).to(memory_format=memory_format(job.device))
+        self._generator = start_order(params.seed)
+        self._model = job.model.to(job.device).to(memory_format=MEMORY_FORMAT)
+        self._dtype = find_dtype(self._model)
         freeze_layers(self._model, params.unfrozen_layers)
         n_batches = count_batches(len(job.train.labels), params.batch_size)
         self._optimizer = build_optimizer(self._model, group_layers(self._model), params)
         self._schedule = build_schedule(
             self._optimizer, n_steps=params.epochs * n_batches, warmup_fraction=params.warmup_fraction
         )
-        self._normalise = build_normaliser(job.preprocessing, job.device)
-        self._class_weights = _weigh_classes(job.train).to(job.device) if params.class_weights == "balanced" else None
+        self._normalise = build_normaliser(job.preprocessing, job.device, self._dtype)
+        self._class_weights = None
+        if params.class_weights == "balanced":
+            self._class_weights = weigh_classes(job.train.labels, job.train.n_classes).to(job.device, self._dtype)
         self.n_images = min(n_batches * params.batch_size, len(job.train.labels))
         """Training images of one epoch."""
 
     def run_epoch(self, epoch: int) -> float:
         """Train on every image once; return the mean training loss over the images."""
         self._model.train()
+        draws = self._draw_known(epoch)
         batches = shuffle_batches(self._job.train, self._job.params.batch_size, self._generator)
-        losses = torch.full((len(batches),), math.nan, device=self._job.device)
+        losses = torch.full((len(batches),), math.nan, device=self._job.device, dtype=self._dtype)
         for step, rows in enumerate(batches):
-            losses[step] = self._take_step(rows)
+            losses[step] = self._take_step(rows, draws)
             # On CUDA, looking at every step's loss would make the host wait; there the epoch's end is soon enough.
             if self._job.device.type == "cpu" and not losses[step].isfinite():
                 break
         per_step = losses.tolist()
-        for step, loss in enumerate(per_step, start=1):
-            if not math.isfinite(loss):
-                raise Diverged(f"training loss is {loss} in epoch {epoch}, step {step} of {len(batches)}")
-        return math.fsum(loss * len(rows) for loss, rows in zip(per_step, batches, strict=True)) / self.n_images
+        if diverged := find_divergence(per_step, epoch):
+            raise diverged
+        return average_losses(per_step, [len(rows) for rows in batches])
 
-    def _take_step(self, rows: Tensor) -> Tensor:
+    def _draw_known(self, epoch: int) -> Tensor | None:
+        """Return the draws of the epoch's view for all training images, where they are; None if there is no view."""
+        if not self._job.params.shows_known_images or (view := find_view(self._job.params, epoch)) is None:
+            return None
+        draws = draw_view(view.seed, self._job.train.rows, view=view.number, strength=view.strength)
+        return draws.to(self._job.train.labels.device)
+
+    def _take_step(self, rows: Tensor, known_draws: Tensor | None) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
         params, device = self._job.params, self._job.device
-        pixels, labels = take_batch(self._job.train, rows, device)
-        pixels = augment(
-            pixels,
-            strength=params.augmentation_strength,
-            horizontal_flip=params.horizontal_flip,
-            generator=self._generator,
-        )
+        pixels, labels = take_batch(self._job.train, rows, device, self._dtype)
+        if params.augmentation_strength > 0:
+            draws = draw_fresh(len(rows), self._generator) if known_draws is None else known_draws[rows]
+            pixels = augment(
+                pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
+            )
         with autocast(device):
             logits = self._model(self._normalise(pixels))
         loss = functional.cross_entropy(
-            logits.float(), labels, weight=self._class_weights, label_smoothing=params.label_smoothing
+            logits.to(self._dtype), labels, weight=self._class_weights, label_smoothing=params.label_smoothing
         )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -148,21 +168,50 @@ class _Training:
         return loss.detach()
 
 
-def _weigh_classes(images: ImageSet) -> Tensor:
-    """Return the weights with which all classes count the same: n / (n_classes * count), scikit-learn's "balanced"."""
-    counts = torch.bincount(images.labels, minlength=images.n_classes)
-    return (images.n_classes * counts.clamp(min=1) / len(images.labels)).reciprocal()
+def weigh_classes(labels: Tensor, n_classes: int) -> Tensor:
+    """Return the weights with which all classes count the same: n / (n_classes * count), scikit-learn's "balanced".
+
+    Args:
+        labels: int64, shape ``(n_images,)``.
+        n_classes: How many classes there are, those without images included.
+
+    Returns:
+        Float64, shape ``(n_classes,)``, on the labels' device.
+    """
+    counts = torch.bincount(labels, minlength=n_classes).clamp(min=1)
+    return len(labels) / (n_classes * counts.double())
+
+
+def find_divergence(losses: Sequence[float], epoch: int) -> Diverged | None:
+    """Return what the training losses of an epoch's steps tell, if one of them is not finite."""
+    for step, loss in enumerate(losses, start=1):
+        if not math.isfinite(loss):
+            return Diverged(f"training loss is {loss} in epoch {epoch}, step {step} of {len(losses)}")
+    return None
+
+
+def average_losses(losses: Sequence[float], n_images: Sequence[int]) -> float:
+    """Return the mean loss over an epoch's images from the mean loss and the number of images of each step."""
+    return math.fsum(loss * count for loss, count in zip(losses, n_images, strict=True)) / sum(n_images)
 
 
 def _validate(job: TrainingJob, val: ImageSet, epoch: int) -> Scores:
     logits = predict_logits(job.model, val, job.preprocessing, job.device, batch_size=job.params.batch_size)
     scores = score_logits(logits, val.labels.to(job.device))
     if not math.isfinite(scores.loss):
-        raise Diverged(f"validation loss is {scores.loss} in epoch {epoch}")
+        raise tell_bad_validation(scores.loss, epoch)
     return scores
 
 
-def _summarise(epoch: int, train_loss: float, scores: Scores, seconds: float, images_per_second: float) -> EpochResult:
+def tell_bad_validation(loss: float, epoch: int) -> Diverged:
+    """Return what a validation loss tells that is not finite."""
+    return Diverged(f"validation loss is {loss} in epoch {epoch}")
+
+
+def summarise_epoch(
+    epoch: int, train_loss: float, scores: Scores, *, seconds: float, images_per_second: float
+) -> EpochResult:
+    """Return an epoch's numbers as they travel."""
     return EpochResult(
         epoch=epoch,
         train_loss=train_loss,
@@ -178,14 +227,18 @@ def _summarise(epoch: int, train_loss: float, scores: Scores, seconds: float, im
 
 
 @contextmanager
-def _dropping_inputs(model: nn.Module, dropout: float) -> Iterator[None]:
+def _dropping_inputs(job: TrainingJob) -> Iterator[None]:
     """Drop a share of the classifier's inputs while it trains, besides what the backbone itself drops."""
+    dropout = job.params.dropout
+    generator = start_dropout(job.params.seed, job.device)
 
     def drop(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (functional.dropout(inputs[0], dropout, training=module.training), *inputs[1:])
+        if not module.training:
+            return inputs
+        return (inputs[0] * draw_kept(inputs[0].shape, dropout, generator) / (1 - dropout), *inputs[1:])
 
-    names = find_classifiers(model) if dropout > 0 else ()
-    handles = [model.get_submodule(name).register_forward_pre_hook(drop) for name in names]
+    names = find_classifiers(job.model) if dropout > 0 else ()
+    handles = [job.model.get_submodule(name).register_forward_pre_hook(drop) for name in names]
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ The definitions are scikit-learn's (``accuracy_score``, ``balanced_accuracy_scor
 ``precision_recall_fscore_support(average="macro", zero_division=0)``).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,34 @@ def score_logits(logits: Tensor, labels: Tensor) -> Scores:
     """
     if len(logits) == 0 or len(logits) != len(labels):
         raise ValueError(f"logits: must be as many as labels, and one at least, got {len(logits)} and {len(labels)}")
-    loss = functional.cross_entropy(logits.float(), labels).item()
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    loss = functional.cross_entropy(precise, labels).item()
     return score_confusion(count_confusion(labels, logits.argmax(dim=1), logits.shape[1]), loss=loss)
+
+
+def score_stacked_logits(predict: Callable[[slice], Tensor], labels: Tensor, parts: Sequence[slice]) -> list[Scores]:
+    """Score the predictions of several models on the same images, with the numbers of ``score_logits``.
+
+    Args:
+        predict: From some of the models to their logits, shape ``(n_models, n_images, n_classes)``.
+        labels: True classes, int64, shape ``(n_images,)``, on the same device.
+        parts: Which models to take at once.
+
+    Returns:
+        One for each model, in their order. Those of a model whose loss is not finite mean nothing.
+    """
+    losses, confusions = [], []
+    for part in parts:
+        logits = predict(part)
+        n_models, _, n_classes = logits.shape
+        own = logits.log_softmax(dim=2).gather(2, labels.expand(n_models, -1)[..., None])
+        losses.append(-own.mean(dim=(1, 2)))
+        cells = labels * n_classes + logits.argmax(dim=2)  # (n_models, n_images)
+        cells += n_classes**2 * torch.arange(n_models, device=labels.device)[:, None]
+        counts = torch.bincount(cells.flatten(), minlength=n_models * n_classes**2)
+        confusions.append(counts.reshape(n_models, n_classes, n_classes))
+    tables = torch.cat(confusions).cpu().numpy()
+    return [score_confusion(table, loss=loss) for table, loss in zip(tables, torch.cat(losses).tolist(), strict=True)]
 
 
 def count_confusion(labels: Tensor, predictions: Tensor, n_classes: int) -> NDArray[np.int64]:

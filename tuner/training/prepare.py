@@ -1,7 +1,10 @@
 """Make the model of a trial: seeded, with its weights, under a fresh head."""
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from tuner.models.backbone import create_backbone, find_classifiers
@@ -42,7 +45,12 @@ def prepare_model(
     pretrained_path: Path | None,
     cache: WeightsCache | None = None,
 ) -> nn.Module:
-    """Create a trial's backbone from its seed, load its weights, and leave its head fresh.
+    """Create a trial's backbone from its seed, load its weights, and draw its head from its seed.
+
+    Unless the section keeps the head of the weights file, it is drawn last, by the classifier's own
+    ``reset_parameters`` and in place of timm's initialisation: so it depends on the seed and its shape alone, whatever
+    the backbone drew before, and ``start_heads`` draws the same without a backbone. A classifier without that method
+    keeps what the backbone's creation drew from the seed.
 
     Args:
         params: Names the backbone; its seed draws the head.
@@ -61,7 +69,39 @@ def prepare_model(
         _apply_pretraining(model, pretrained_path, cache)
     else:
         _apply_section(model, params.backbone, section, spec.data.image_size, cache)
+    if pretrained_path is not None or not section.keep_head:
+        seed_everything(params.seed)
+        for name in find_classifiers(model):
+            _reset(model.get_submodule(name))
     return model
+
+
+def start_heads(head: nn.Linear | nn.Conv2d, seeds: Sequence[int], *, keep_head: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the first heads of trials, as ``prepare_model`` draws them.
+
+    Args:
+        head: The classifier of any model of the same backbone, a convolution only of 1x1; not changed.
+        seeds: The trials'.
+        keep_head: Whether the section keeps the head of the weights file, which all trials then share.
+
+    Returns:
+        Weights ``(n_trials, n_classes, n_features)`` and biases ``(n_trials, n_classes)``, on the CPU, in the head's
+        type.
+    """
+    twin = copy.deepcopy(head).cpu()
+    weights, biases = [], []
+    for seed in seeds:
+        if not keep_head:
+            seed_everything(seed)
+            _reset(twin)
+        weights.append(twin.weight.detach().flatten(1).clone())
+        biases.append(twin.get_parameter("bias").detach().clone())
+    return torch.stack(weights), torch.stack(biases)
+
+
+def _reset(head: nn.Module) -> None:
+    if callable(reset := getattr(head, "reset_parameters", None)):
+        reset()
 
 
 def strip_head(model: nn.Module) -> dict[str, Tensor]:

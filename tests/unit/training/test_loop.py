@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tuner.data.image_set import ImageSet
 from tuner.training.loop import Diverged, TrainingJob, train_epochs, train_only
 
-from .builders import copy_state, make_images, make_job, make_net
+from .builders import TinyNet, copy_state, make_images, make_job, make_net
 
 
 def train_to_end(job: TrainingJob) -> list[float]:
@@ -165,6 +165,59 @@ def test_train_only_takes_the_same_steps_as_train_epochs() -> None:
     assert told == list(enumerate(losses, start=1))
     assert_same_state(copy_state(looked.model), copy_state(blind.model))
     assert not blind.model.training
+
+
+def show_epochs(epochs: int, **overrides: Any) -> list[Tensor]:
+    """Return what a net is shown in each epoch, in the order of the index."""
+    net = make_net()
+    seen: list[Tensor] = []
+    net.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]) if module.training else None)
+    job = make_job(net, epochs=epochs, batch_size=64, unfrozen_layers=3, **overrides)
+    order = torch.Generator().manual_seed(job.params.seed)
+    train_to_end(job)
+    positions = [torch.randperm(64, generator=order).argsort() for _ in seen]
+    return [images[position] for images, position in zip(seen, positions, strict=True)]
+
+
+def test_train_epochs_shows_fixed_views_in_turn() -> None:
+    """With two views, every second epoch shows each image alike, whatever the order of the batches."""
+    first, second, third = show_epochs(3, augmentation_strength=0.5, views=2)
+    torch.testing.assert_close(first, third)
+    assert not torch.allclose(first, second, atol=0.1)
+
+
+def test_train_epochs_shows_the_same_views_to_every_trial() -> None:
+    """They follow the study's seed, not the trial's."""
+    options: dict[str, Any] = {"augmentation_strength": 0.5, "views": 1}
+    shown = [show_epochs(1, seed=seed, **options)[0] for seed in (1, 2)]
+    torch.testing.assert_close(shown[0], shown[1])
+    other = show_epochs(1, seed=1, view_seed=3, **options)[0]
+    assert not torch.allclose(shown[0], other, atol=0.1)
+
+
+class DrawingNet(TinyNet):
+    """Draws from torch's global generator in every forward pass, as a backbone's own dropout does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        torch.rand(1)
+        return super().forward(images)
+
+
+def test_train_epochs_drops_by_a_generator_of_its_own() -> None:
+    """Whatever a backbone draws, a seed drops the same inputs."""
+    losses = []
+    for net in (make_net(), DrawingNet()):
+        net.load_state_dict(make_net().state_dict())
+        losses.append([result.train_loss for result, _ in train_epochs(make_job(net, dropout=0.5, epochs=2))])
+    assert losses[0] == losses[1]
+
+
+def test_train_epochs_trains_a_double_model_in_double_precision() -> None:
+    """Nothing is rounded on the way: its losses are no float32."""
+    result, _ = next(train_epochs(make_job(make_net().double(), class_weights="balanced")))
+    for loss in (result.train_loss, result.val_loss):
+        assert torch.tensor(loss, dtype=torch.float32).item() != loss
 
 
 class CachingNet(nn.Module):

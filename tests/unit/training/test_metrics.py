@@ -1,6 +1,7 @@
 """Scores from the confusion matrix, against scikit-learn's."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from sklearn import metrics as sklearn_metrics
 from torch import Tensor
 
-from tuner.training.metrics import count_confusion, score_logits
+from tuner.training.metrics import count_confusion, score_logits, score_stacked_logits
 
 
 def draw_logits(n_classes: int, *, seed: int, only_labels: int | None = None) -> tuple[Tensor, Tensor]:
@@ -65,3 +66,15 @@ def test_score_logits_refuses_sizes_that_do_not_fit(n_logits: int, n_labels: int
     """No images have no accuracy."""
     with pytest.raises(ValueError, match=rf"^logits: must be as many as labels.*got {n_logits} and {n_labels}$"):
         score_logits(torch.zeros(n_logits, 2), torch.zeros(n_labels, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("parts", [[slice(0, 5)], [slice(0, 2), slice(2, 4), slice(4, 6)]])
+def test_score_stacked_logits_scores_each_model_as_alone(parts: list[slice]) -> None:
+    """All at once, or some at a time."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 40, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (40,), generator=generator)
+    for found, one in zip(score_stacked_logits(logits.__getitem__, labels, parts), logits, strict=True):
+        expected = score_logits(one, labels)
+        assert found.loss == pytest.approx(expected.loss)
+        assert replace(found, loss=0.0) == replace(expected, loss=0.0)

@@ -11,7 +11,7 @@ from torch import nn
 from tuner.models.backbone import create_backbone
 from tuner.spec.sections import BackboneSection, DataSection, StudySection, StudySpec
 from tuner.spec.space import Choices
-from tuner.training.prepare import WeightsCache, prepare_model, strip_head
+from tuner.training.prepare import WeightsCache, prepare_model, start_heads, strip_head
 
 from .builders import copy_state, make_params
 
@@ -93,6 +93,34 @@ def test_prepare_model_draws_the_head_from_the_seed_alone(tmp_path: Path) -> Non
     (body_1, head_1), (body_2, head_2) = map(split_state, models)
     assert_equal(body_1, body_2)
     assert not torch.equal(head_1["fc.weight"], head_2["fc.weight"])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"stem_type": "deep", "stem_width": 8}])
+def test_prepare_model_draws_the_head_last(kwargs: dict[str, Any]) -> None:
+    """Whatever a backbone draws before, the first heads of a cohort are those of its trials alone."""
+    spec = make_spec(weights="random", kwargs=kwargs)
+    heads = [prepare_model(make_params(backbone=NAME, seed=s), spec, 3, None).get_submodule("fc") for s in (1, 2)]
+    plain = prepare_model(make_params(backbone=NAME, seed=5), make_spec(weights="random"), 3, None)
+    weights, biases = start_heads(plain.get_submodule("fc"), [1, 2])  # type: ignore[arg-type]
+    assert torch.equal(weights, torch.stack([head.get_parameter("weight") for head in heads]))
+    assert torch.equal(biases, torch.stack([head.get_parameter("bias") for head in heads]))
+
+
+def test_start_heads_draws_a_convolution_as_a_linear_layer() -> None:
+    """The same numbers for the same shape, and the template keeps its own."""
+    linear, convolution = nn.Linear(5, 3), nn.Conv2d(5, 3, 1)
+    before = linear.weight.detach().clone()
+    for a, b in zip(start_heads(linear, [4, 9]), start_heads(convolution, [4, 9]), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(linear.weight, before)
+
+
+def test_start_heads_repeats_a_head_that_is_kept() -> None:
+    """All trials start from the file's."""
+    head = nn.Linear(5, 3)
+    weights, biases = start_heads(head, [4, 9], keep_head=True)
+    assert torch.equal(weights, head.weight.detach().expand(2, 3, 5))
+    assert torch.equal(biases, head.bias.detach().expand(2, 3))
 
 
 def test_prepare_model_keeps_the_head_that_the_section_asks_for(tmp_path: Path) -> None:

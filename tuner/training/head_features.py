@@ -1,0 +1,224 @@
+"""The input of a model's head, computed once: all that a trial needs if nothing below its head trains."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tuner.data.augment import augment
+from tuner.data.image_set import ImageSet
+from tuner.data.views import View, draw_view
+from tuner.models.backbone import Preprocessing, find_classifiers
+from tuner.models.layers import freeze_layers
+from tuner.training.batches import build_normaliser, find_dtype, list_eval_batches, take_batch
+from tuner.training.device import MEMORY_FORMAT, autocast
+
+Head = nn.Linear | nn.Conv2d
+
+_N_TRIED = 8
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Largest difference, over the largest value, of what is computed in a type."""
+
+
+class NotCacheable(Exception):  # noqa: N818 - a property of a backbone, no mistake of anyone
+    """Heads of this model cannot be trained on features; the text says why in one line."""
+
+
+class _HeadReached(Exception):  # noqa: N818 - ends a forward pass
+    """The head's input is known."""
+
+
+def find_linear_head(model: nn.Module) -> Head:
+    """Return a model's classifier, if it is one linear layer with a bias, or one 1x1 convolution.
+
+    Raises:
+        NotCacheable: If it is not.
+    """
+    names = find_classifiers(model)
+    if len(names) > 1:
+        raise NotCacheable(f"it has {len(names)} classifiers ({', '.join(names)})")
+    head = model.get_submodule(names[0])
+    what = f"its classifier '{names[0]}'"
+    if not isinstance(head, nn.Linear | nn.Conv2d):
+        raise NotCacheable(f"{what} is a {type(head).__name__}, neither linear nor a convolution")
+    if isinstance(head, nn.Conv2d) and not _is_pointwise(head):
+        raise NotCacheable(f"{what} is a convolution that is not 1x1")
+    if {name for name, _ in head.named_parameters()} != {"weight", "bias"}:
+        raise NotCacheable(f"{what} has other parameters than a weight and a bias")
+    return head
+
+
+def _is_pointwise(head: nn.Conv2d) -> bool:
+    return (head.kernel_size, head.stride, head.groups) == ((1, 1), (1, 1), 1) and head.padding in {(0, 0), "valid"}
+
+
+def put_head(model: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Copy a trained head into a model, in place.
+
+    Args:
+        model: Has a linear head.
+        weight: Shape ``(n_classes, n_features)``.
+        bias: Shape ``(n_classes,)``.
+    """
+    head = find_linear_head(model)
+    with torch.no_grad():
+        head.weight.copy_(weight.view_as(head.weight))
+        head.get_parameter("bias").copy_(bias)
+
+
+def compute_features(
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    view: View | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the input of a model's head for images, and leave the model in eval mode.
+
+    Args:
+        model: Has a linear head. Moved to the device.
+        images: One at least.
+        preprocessing: The backbone's.
+        device: Where to compute.
+        view: The version of the images to show; None shows them as they are.
+        out: Where to put the features, for one a mapped file; None makes room on the device.
+
+    Returns:
+        ``out``, or float32 (float64 of a double model), shape ``(n_images, n_features)``, in the images' order.
+
+    Raises:
+        NotCacheable: If the model has no linear head, or its input is not one vector per image.
+    """
+    head = find_linear_head(model)
+    model.to(device).to(memory_format=MEMORY_FORMAT)
+    model.eval()
+    dtype = find_dtype(model)
+    if out is None:
+        out = torch.empty((len(images.labels), head.weight.shape[1]), dtype=dtype, device=device)
+    normalise = build_normaliser(preprocessing, device, dtype)
+    n_done = 0
+    for rows in list_eval_batches(images):
+        pixels, _ = take_batch(images, rows, device, dtype)
+        if view is not None:
+            pixels = _show(view, pixels, images.rows[rows.cpu()])
+        out[n_done : n_done + len(rows)] = _compute_batch(model, head, normalise(pixels), device)
+        n_done += len(rows)
+    return out
+
+
+def _show(view: View, pixels: Tensor, rows: Tensor) -> Tensor:
+    draws = draw_view(view.seed, rows, view=view.number, strength=view.strength)
+    return augment(pixels, draws, strength=view.strength, horizontal_flip=view.horizontal_flip)
+
+
+def _compute_batch(model: nn.Module, head: Head, inputs: Tensor, device: torch.device) -> Tensor:
+    """Return the head's input for a batch, in the mode the model is in."""
+    reached: list[Any] = []
+
+    def stop(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        reached.extend(arguments[:1])
+        raise _HeadReached
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        # Not inference_mode, as in predict_logits.
+        with torch.no_grad(), autocast(device):
+            model(inputs)
+    except _HeadReached:
+        pass
+    finally:
+        handle.remove()
+    shape = tuple(reached[0].shape) if reached and isinstance(reached[0], Tensor) else ()
+    width = (len(inputs), head.weight.shape[1])
+    if shape not in {width, (*width, 1, 1)}:
+        raise NotCacheable(f"its classifier takes {shape or 'nothing'} for {len(inputs)} images, not one vector each")
+    features: Tensor = reached[0].flatten(1).to(find_dtype(model))
+    return features
+
+
+def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device) -> None:
+    """Check on a few images that training a head on features is training the model with all but the head frozen.
+
+    Args:
+        model: Moved to the device, frozen below its head, and left in eval mode; its tensors keep their values.
+        images: The first eight are tried.
+        preprocessing: The backbone's.
+        device: Where to compute.
+
+    Raises:
+        NotCacheable: If the logits are not those of the head on its features, in eval and in train mode; if something
+            below the head is random or batch-dependent in train mode; or if an image's features depend on its batch.
+    """
+    head = find_linear_head(model)
+    model.to(device).to(memory_format=MEMORY_FORMAT)
+    freeze_layers(model, 1)
+    normalise = build_normaliser(preprocessing, device, find_dtype(model))
+    rows = torch.arange(min(_N_TRIED, len(images.labels)), device=images.labels.device)
+    inputs = normalise(take_batch(images, rows, device, find_dtype(model))[0])
+    with _keeping_buffers(model):
+        model.eval()
+        features = _compute_batch(model, head, inputs, device)
+        parts = [_compute_batch(model, head, part, device) for part in torch.split(inputs, 3)]
+        _check_same(torch.cat(parts), features, device, "an image's features depend on the batch it is in")
+        for mode in ("eval", "train"):
+            model.train(mode == "train")
+            _check_mode(model, head, inputs, features, mode)
+    model.eval()
+
+
+def _check_mode(model: nn.Module, head: Head, inputs: Tensor, features: Tensor, mode: str) -> None:
+    """Check that in the mode that the model is in, features and logits are those of eval mode's features."""
+    _check_dropout(model)
+    device = inputs.device
+    reason = f"its classifier's input in {mode} mode is not that of eval mode; something before it trains"
+    _check_same(_compute_batch(model, head, inputs, device), features, device, reason)
+    with torch.no_grad(), autocast(device):
+        logits = model(inputs)
+        expected = functional.linear(features, head.weight.flatten(1), head.bias)
+    _check_same(logits, expected, device, f"its logits in {mode} mode are not those of its classifier alone")
+
+
+def _check_dropout(model: nn.Module) -> None:
+    """Refuse a dropout that trains: at a small rate a few images may not show it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:  # noqa: SLF001
+            raise NotCacheable(f"its own dropout '{name}' of {module.p:g} lies before its classifier")
+
+
+def _check_same(found: object, expected: Tensor, device: torch.device, reason: str) -> None:
+    if not isinstance(found, Tensor) or found.numel() != expected.numel():
+        raise NotCacheable(reason)
+    dtype = torch.bfloat16 if device.type == "cuda" and expected.dtype != torch.float64 else expected.dtype
+    difference = (found.flatten().to(expected.dtype) - expected.flatten()).abs().max()
+    # Not ``>``: NaN must be refused too.
+    if not difference <= _TOLERANCES[dtype] * expected.abs().max():
+        raise NotCacheable(reason)
+
+
+@contextmanager
+def _keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Put buffers back as they were: a BatchNorm that is not frozen moves its statistics in train mode."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def hash_body(model: nn.Module) -> str:
+    """Return the SHA-256 of everything below a model's head: names, shapes, types and values, buffers included."""
+    heads = tuple(f"{name}." for name in find_classifiers(model))
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not name.startswith(heads):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
