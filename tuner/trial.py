@@ -88,6 +88,18 @@ class EpochResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a trial was trained with besides its recipe, and what that saved."""
+
+    features: Literal["", "computed", "cached"] = ""
+    """Whether the head was trained on features that this trial's cohort computed or found; empty: on images."""
+    cohort_size: int = 1
+    """Trials that were trained as one when its training began."""
+    saved_seconds: float = 0.0
+    """Of the frozen backbone's work: what all its epochs would have taken, less its share of what was computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassReport:
     """Validation of one trained model, class by class."""
 

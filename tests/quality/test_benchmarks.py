@@ -1,12 +1,94 @@
 """Benchmarks run, so that they cannot rot."""
 
+import ast
+from pathlib import Path
+
+import pytest
+
 from benchmarks.__main__ import CASES
+from benchmarks.arms import plain_script
+from benchmarks.cases.search_speed import run_search_speed
 from benchmarks.harness import describe, measure
+from benchmarks.search_settings import smoke_settings
+from benchmarks.search_summary import describe_summary, summarise
 
 
-def test_every_case_runs_in_smoke_mode() -> None:
-    """Every arm of every case gives a number."""
-    for case in CASES.values():
-        result = measure(case, n_repeats=1, smoke=True)
-        assert all(numbers["median"] > 0 for numbers in result["arms"].values())
-        assert case.baseline in describe(result)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_runs_in_smoke_mode(name: str) -> None:
+    """Every arm of a case gives a number."""
+    case = CASES[name]
+    result = measure(case, n_repeats=1, smoke=True)
+    assert all(numbers["median"] > 0 for numbers in result["arms"].values())
+    assert case.baseline in describe(result)
+
+
+@pytest.mark.slow
+def test_search_speed_runs_its_arms_in_smoke_mode_and_resumes(tmp_path: Path) -> None:
+    """Every arm finishes its trials, a claim is refitted, and a second call has nothing to do."""
+    settings = smoke_settings(tmp_path / "result.json")
+    result = run_search_speed(settings)
+    assert {run["arm"] for run in result["runs"]} == {"A", "B", "D"}
+    for run in result["runs"]:
+        assert len(run["trials"]) >= 2, run["error"]
+        assert "refit_best" in run or run["arm"] != "A"
+    assert "| S4 | D | 1 |" in describe_summary(result)
+    assert run_search_speed(settings)["runs"] == result["runs"]
+
+
+def test_plain_script_stands_alone() -> None:
+    """Nothing of tuner, and nothing of the benchmark, works for the script it is compared with."""
+    tree = ast.parse(Path(plain_script.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in imported if name.split(".")[0] in {"tuner", "benchmarks"}}
+
+
+def make_run(arm: str, seed: int, *, seconds: float, best: float, n_trials: int = 10) -> dict[str, object]:
+    """Return a run of equally long trials, the last of which is the best."""
+    rows = [
+        [seconds * (number + 1) / n_trials, "COMPLETE", best * (number + 1) / n_trials, 3, 0]
+        for number in range(n_trials)
+    ]
+    return {
+        "space": "S1",
+        "arm": arm,
+        "seed": seed,
+        "seconds": seconds,
+        "busy_cores": 0.0,
+        "refit_best": best,
+        "trials": rows,
+    }
+
+
+def test_summary_pairs_seeds_and_takes_the_better_baseline() -> None:
+    """A ratio compares runs of one seed, with the faster of A and B."""
+    runs = [
+        make_run("A", 0, seconds=100.0, best=1.0),
+        make_run("B", 0, seconds=50.0, best=1.0),
+        make_run("D", 0, seconds=10.0, best=1.0),
+    ]
+    entry = summarise(runs, {"S1": 1.0})[-1]
+    assert entry["ratios"]["trials_per_hour"] == [5.0, 5.0, 5.0]
+    assert entry["ratios"]["time_to_target"] == {"ratio": [5.0, 5.0, 5.0], "n": 1, "n_bounds": 0}
+
+
+def test_summary_counts_a_run_that_misses_the_target_as_censored() -> None:
+    """A run that never reaches the target counts as longer than it lasted, and its ratio is a bound."""
+    runs = [make_run("A", 0, seconds=100.0, best=0.5), make_run("D", 0, seconds=10.0, best=1.0)]
+    slow, fast = summarise(runs, {"S1": 1.0})
+    assert slow["n_censored"] == 1
+    assert slow["seconds_to_target"] == [None, None, None]
+    assert fast["ratios"]["time_to_target"] == {"ratio": [10.0, 10.0, 10.0], "n": 1, "n_bounds": 1}
+
+
+def test_summary_leaves_screened_trials_out_of_the_rate() -> None:
+    """What a screen adds counts for the best value, not for the trials of the search."""
+    run = make_run("D", 0, seconds=10.0, best=1.0)
+    rows = run["trials"]
+    assert isinstance(rows, list)
+    rows[-1][4] = 1
+    entry = summarise([run], {})[0]
+    assert entry["n_trials"] == [9, 9, 9]
+    assert entry["n_screened"] == [1, 1, 1]
+    assert entry["best"] == [1.0, 1.0, 1.0]

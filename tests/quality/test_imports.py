@@ -23,7 +23,16 @@ FLOORS = {
     "cli": 7,
     "__main__": 8,
 }
-WORKER_SIDE = {"worker", "describing", "training_session", "study_data"}
+WORKER_SIDE = {
+    "worker",
+    "describing",
+    "training_session",
+    "head_training",
+    "feature_banks",
+    "workbench",
+    "outcomes",
+    "study_data",
+}
 TORCH_ROOMS = {"data", "models", "training", "production"} | {f"service.{name}" for name in WORKER_SIDE}
 OUTSIDE = {
     "click": {"cli"},

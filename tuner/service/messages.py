@@ -4,9 +4,9 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from tuner.trial import EpochResult, TrialOutcome, TrialParams
+from tuner.trial import EpochResult, TrialOutcome, TrialParams, Usage
 
 # --- coordinator to worker ---
 
@@ -43,19 +43,27 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train one trial; answered by an ``EpochDone`` for each epoch, each waiting for a ``Verdict``."""
+    """Train trials; an ``EpochDone`` for each epoch waits for a ``Verdict``, and a ``TrialDone`` ends each trial.
+
+    Several trials are a cohort: they train their heads alone, and share all that their features depend on.
+    """
 
     data_hash: str
     """What the data must still be."""
-    number: int
-    params: TrialParams
+    members: tuple[tuple[int, TrialParams], ...]
+    """Number and recipe of each trial."""
+    uses_features: bool
+    """Whether the trials train on what the frozen backbone makes of the images, kept in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a trial is to do after an epoch. ``keep`` after the last one: write the model folder."""
+    """What trials are to do after an epoch: go on, if nothing else is said."""
 
-    action: Literal["go_on", "stop", "keep"]
+    stop: tuple[int, ...] = ()
+    """Those that the pruner ends."""
+    keep: int | None = None
+    """After the last epoch: the one whose model folder is to be written."""
     folder: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     """What the model folder says of where its model came from."""
@@ -114,11 +122,21 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochDone:
-    """A trial finished an epoch and waits for its verdict."""
+class Progress:
+    """How far a long preparation is."""
 
-    number: int
-    result: EpochResult
+    text: str
+    """What is being done."""
+    n_done: int
+    n_total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochDone:
+    """Trials finished an epoch and wait for their verdict."""
+
+    results: tuple[tuple[int, EpochResult], ...]
+    """By the trials' numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +147,19 @@ class TrialDone:
     outcome: TrialOutcome
     kept: bool = False
     """Whether its model folder was written."""
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenBack:
+    """Trials that cannot train on kept features, before any of them finished an epoch."""
+
+    numbers: tuple[int, ...]
+    backbone: str
+    reason: str
+    """One line for a person."""
+    is_lasting: bool
+    """Whether it holds for every trial of the backbone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +179,7 @@ class Crashed:
 
 
 Request = Setup | Describe | Prepare | Train | Verdict
-Reply = Hello | Description | Note | Prepared | EpochDone | TrialDone | Refused | Crashed
+Reply = Hello | Description | Note | Progress | Prepared | EpochDone | TrialDone | GivenBack | Refused | Crashed
 Message = Request | Reply
 
 _KINDS: dict[str, type[Message]] = {
@@ -162,17 +193,22 @@ _KINDS: dict[str, type[Message]] = {
         Hello,
         Description,
         Note,
+        Progress,
         Prepared,
         EpochDone,
         TrialDone,
+        GivenBack,
         Refused,
         Crashed,
     )
 }
 _READERS: dict[str, Callable[[Any], Any]] = {
-    "params": TrialParams.from_json,
-    "result": lambda values: EpochResult(**values),
+    "members": lambda pairs: tuple((number, TrialParams.from_json(params)) for number, params in pairs),
+    "results": lambda pairs: tuple((number, EpochResult(**result)) for number, result in pairs),
     "outcome": TrialOutcome.from_json,
+    "usage": lambda values: Usage(**values),
+    "stop": tuple,
+    "numbers": tuple,
     "classes": tuple,
     "cuda_devices": tuple,
     "notes": tuple,

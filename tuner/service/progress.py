@@ -13,6 +13,9 @@ from rich.text import Text
 
 from tuner.trial import TrialOutcome, TrialParams, TrialState
 
+_PROGRESS_SECONDS = 10.0
+"""Between two lines of a log on how far a preparation is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Noted:
@@ -38,22 +41,34 @@ class ActivityChanged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrialStarted:
-    """A worker starts a trial."""
+class Progressed:
+    """How far a worker's long preparation is."""
 
     worker: int
-    number: int
+    text: str
+    n_done: int
+    n_total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialsStarted:
+    """A worker starts a trial, or a cohort."""
+
+    worker: int
+    numbers: tuple[int, ...]
     params: TrialParams
+    """Of the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochReported:
-    """A running trial finished an epoch."""
+    """Running trials finished an epoch."""
 
     worker: int
     epoch: int
     n_epochs: int
     value: float
+    """The best of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +89,7 @@ class BestFound:
     value: float
 
 
-Event = Noted | Counted | ActivityChanged | TrialStarted | EpochReported | TrialFinished | BestFound
+Event = Noted | Counted | ActivityChanged | Progressed | TrialsStarted | EpochReported | TrialFinished | BestFound
 
 
 class Display(Protocol):
@@ -141,6 +156,16 @@ def describe_recipe(params: TrialParams) -> str:
     )
 
 
+def describe_start(numbers: tuple[int, ...], params: TrialParams) -> str:
+    """Return what a worker trains: one trial with its recipe, or a cohort with what its trials share."""
+    if len(numbers) == 1:
+        return f"trial {numbers[0]}  {describe_recipe(params)}"
+    return (
+        f"trials {numbers[0]} to {numbers[-1]}, {len(numbers)} heads as one  {params.backbone} "
+        f"batch={params.batch_size} aug={params.augmentation_strength:.2g}"
+    )
+
+
 def describe_end(outcome: TrialOutcome, value: float | None) -> str:
     """Return how a trial ended in a few words: ``complete 0.9312``, ``pruned (diverged)``."""
     text = outcome.state.value.lower()
@@ -156,6 +181,8 @@ class PlainDisplay:
 
     def __init__(self) -> None:
         self._progress = _Progress()
+        self._progressed = ("", 0.0)
+        """What was last said to progress, and when."""
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +197,8 @@ class PlainDisplay:
                 _print(text)
             case ActivityChanged(worker=worker, text=text) if text:
                 _print(f"worker {worker}: {text}")
+            case Progressed():
+                self._show_progress(event)
             case Counted():
                 self._progress.update(event.n_done, event.n_trials)
             case TrialFinished():
@@ -177,6 +206,16 @@ class PlainDisplay:
                 _print(f"trial {event.number}: {end}  [{self._progress.describe()}]")
             case BestFound():
                 _print(f"best so far: trial {event.number}, {event.value:.4f}")
+
+    def _show_progress(self, event: Progressed) -> None:
+        """Print how far a preparation is, if it takes long."""
+        now = time.monotonic()
+        text, since = self._progressed
+        if event.text != text:
+            self._progressed = event.text, now
+        elif now - since > _PROGRESS_SECONDS:
+            self._progressed = text, now
+            _print(f"{text}: {event.n_done} of {event.n_total}")
 
 
 def _print(text: str) -> None:
@@ -189,7 +228,7 @@ class LiveDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = _Progress()
-        self._rows: dict[int, str] = {}
+        self._rows: dict[int, str | Progressed] = {}
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -208,10 +247,12 @@ class LiveDisplay:
                 self._progress.update(event.n_done, event.n_trials)
             case ActivityChanged(worker=worker, text=text):
                 self._rows[worker] = text
-            case TrialStarted(worker=worker):
-                self._rows[worker] = f"trial {event.number}  {describe_recipe(event.params)}"
+            case Progressed(worker=worker):
+                self._rows[worker] = event
+            case TrialsStarted(worker=worker):
+                self._rows[worker] = describe_start(event.numbers, event.params)
             case EpochReported(worker=worker):
-                recipe = self._rows.get(worker, "").partition("  epoch ")[0]
+                recipe = str(self._rows.get(worker, "")).partition("  epoch ")[0]
                 self._rows[worker] = f"{recipe}  epoch {event.epoch}/{event.n_epochs}  {event.value:.4f}"
             case TrialFinished(worker=worker):
                 self._rows[worker] = ""
@@ -223,12 +264,22 @@ class LiveDisplay:
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
-        for worker, text in sorted(self._rows.items()):
-            table.add_row(Text(f"worker {worker}", style="dim"), Text(text))
+        for worker in sorted(self._rows):
+            table.add_row(Text(f"worker {worker}", style="dim"), _render_row(self._rows[worker]))
         bar = ProgressBar(total=max(1, self._progress.n_trials), completed=self._progress.n_done, width=40)
         head = Table.grid(padding=(0, 2))
         head.add_row(bar, Text(self._progress.describe()), Text(f"best: {self._progress.best}", style="bold"))
         return Group(head, table)
+
+
+def _render_row(row: str | Progressed) -> RenderableType:
+    """Return what a worker does: a line, with a bar where it is known how much there is to do."""
+    if isinstance(row, str):
+        return Text(row)
+    table = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=max(1, row.n_total), completed=row.n_done, width=30)
+    table.add_row(Text(row.text), bar, Text(f"{row.n_done} of {row.n_total}"))
+    return table
 
 
 def make_display(*, quiet: bool = False) -> Display:

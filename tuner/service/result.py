@@ -4,11 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
-from optuna.trial import TrialState as OptunaState
 
+from tuner.search.screening import is_screen, measure_agreement
 from tuner.search.studies import StoredStudy, count_states, count_wanted, find_best
-from tuner.search.trial_book import PARAMS_ATTR, count_reasons
+from tuner.search.trial_attrs import PARAMS_ATTR, count_reasons
 from tuner.service.kept_models import model_folder
+from tuner.service.progress import format_seconds
 
 StoppedBy = Literal["done", "timeout", "sigint", "sigterm"]
 
@@ -47,6 +48,12 @@ class StudyStatus:
     best: BestTrial | None
     model_folder: str | None
     """Where the best trial's model lies, if it was kept."""
+    n_screen: int
+    """Finished trials of the screen, which count apart."""
+    screen_agreement: float | None
+    """Spearman's correlation of the backbones' order by their heads with that after deeper training."""
+    saved_seconds: float
+    """What training on kept features saved of the frozen backbones' work, over all trials."""
     stopped_by: StoppedBy = "done"
 
     @property
@@ -63,6 +70,8 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
     """Return the status of a stored study."""
     best = find_best(stored.study)
     folder = model_folder(url, stored.name, best.number) if best else None
+    trials = stored.study.get_trials(deepcopy=False)
+    agreement = measure_agreement(trials, stored.study.direction)
     return StudyStatus(
         name=stored.name,
         storage=url,
@@ -72,6 +81,9 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
         reasons={f"{state}: {reason}": count for (state, reason), count in sorted(count_reasons(stored.study).items())},
         best=_describe_best(best) if best else None,
         model_folder=str(folder) if folder and folder.is_dir() else None,
+        n_screen=sum(is_screen(trial) and trial.state.is_finished() for trial in trials),
+        screen_agreement=agreement.spearman if agreement else None,
+        saved_seconds=sum(trial.user_attrs.get("saved_seconds", 0.0) for trial in trials),
         stopped_by=stopped_by,
     )
 
@@ -87,8 +99,8 @@ def _describe_best(trial: FrozenTrial) -> BestTrial:
 
 def is_finished(stored: StoredStudy) -> bool:
     """Whether the study has all its trials."""
-    states = (OptunaState.COMPLETE, OptunaState.PRUNED)
-    return len(stored.study.get_trials(deepcopy=False, states=states)) >= count_wanted(stored)
+    counts = count_states(stored.study)
+    return counts["COMPLETE"] + counts["PRUNED"] >= count_wanted(stored)
 
 
 def describe_status(status: StudyStatus) -> str:
@@ -101,6 +113,10 @@ def describe_status(status: StudyStatus) -> str:
         + (f", {counts['RUNNING']} running" if counts["RUNNING"] else "")
         + (f", {counts['WAITING']} queued" if counts["WAITING"] else "")
     ]
+    if status.n_screen:
+        lines.append(f"screen: {status.n_screen} head trials{_describe_agreement(status.screen_agreement)}")
+    if status.saved_seconds >= 1:
+        lines.append(f"kept features saved {format_seconds(status.saved_seconds)} of the backbones' work")
     if status.best is None:
         return "\n".join([*lines, "best: none yet"])
     lines.append(f"best: trial {status.best.number}, {status.objective} {status.best.value:.4f}")
@@ -109,6 +125,12 @@ def describe_status(status: StudyStatus) -> str:
     if status.model_folder:
         lines.append(f"its model: {status.model_folder}")
     return "\n".join(lines)
+
+
+def _describe_agreement(agreement: float | None) -> str:
+    if agreement is None:
+        return ""
+    return f"; their order of the backbones agrees with that after deeper training with Spearman's rho {agreement:+.2f}"
 
 
 def _list_reasons(reasons: dict[str, int], state: str) -> str:

@@ -2,12 +2,26 @@
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from tuner.errors import SearchError
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
+from tuner.service.backlog import Backlog
 from tuner.service.kept_models import model_folder, remove_halves, remove_models
-from tuner.service.messages import EpochDone, Hello, Note, Prepare, Prepared, Reply, Train, TrialDone, Verdict
+from tuner.service.messages import (
+    EpochDone,
+    GivenBack,
+    Hello,
+    Note,
+    Prepare,
+    Prepared,
+    Progress,
+    Reply,
+    Train,
+    TrialDone,
+    Verdict,
+)
 from tuner.service.pool import Pool, Worker
 from tuner.service.progress import (
     ActivityChanged,
@@ -15,18 +29,29 @@ from tuner.service.progress import (
     Counted,
     Display,
     EpochReported,
+    Event,
     Noted,
+    Progressed,
     TrialFinished,
-    TrialStarted,
+    TrialsStarted,
 )
 from tuner.service.result import StoppedBy, StudyStatus, read_status
 from tuner.service.scouting import TICK_SECONDS, Scouted, explain_loss, start_worker
 from tuner.service.signals import StopSignals
-from tuner.trial import Reason, TrialOutcome, TrialState
+from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
 
 MAX_FAILS_IN_A_ROW = 5
 _MAX_IDLE_LOSSES = 3
+_MAX_SCREEN_COHORT = 64
+"""No proposal depends on what a screen shows until its end, so that only memory bounds its cohorts."""
 _INTERRUPTED = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the run was stopped")
+
+
+@dataclass(kw_only=True)
+class _Training:
+    """What a worker trains. Mutable: its trials end one by one."""
+
+    members: dict[int, TrialParams]
 
 
 class SearchLoop:
@@ -46,13 +71,19 @@ class SearchLoop:
         self._stored, self._spec, self._url = stored, stored.spec, url
         self._pool, self._display, self._signals = pool, display, signals
         self._book = TrialBook(stored)
+        self._max_cohort = max(4, self._spec.search.n_trials // 8)
+        self._backlog = Backlog(self._max_cohort)
         self._data_hash = scouted.description.data_hash
         self._ready = set(scouted.ready)
         self._jobs = deque(
             Prepare(data_hash=self._data_hash, backbone=name) for name in (None, *self._spec.backbone_names())
         )
-        self._busy: dict[int, Prepare | Train] = {}
+        self._busy: dict[int, Prepare | _Training] = {}
+        self._events: list[Event] = []  # shown once they are stored
+        self._best: tuple[int, float] | None = None
+        self._has_kept = False
         self._n_fails = 0
+        self._last_fail = ""
         self._n_idle_losses = 0
         self._deadline = deadline
 
@@ -66,6 +97,7 @@ class SearchLoop:
             self._display.show(Noted(text=f"{n_orphans} trials of a killed run are queued again"))
         remove_halves(self._url, self._spec.study.name)
         self._remove_old_models()
+        self._best = self._book.best
         self._display.show(Counted(n_done=self._book.count_finished(), n_trials=self._n_wanted()))
         try:
             while self._dispatch():
@@ -73,6 +105,7 @@ class SearchLoop:
         finally:
             for number in self._book.running_numbers:
                 self._book.tell(number, _INTERRUPTED)
+            self._book.flush()
         return self._conclude()
 
     def _conclude(self) -> StudyStatus:
@@ -95,6 +128,10 @@ class SearchLoop:
     def _n_missing(self) -> int:
         return self._n_wanted() - self._book.count_finished()
 
+    def _n_startable(self) -> int:
+        """Return how many more trials may be asked for."""
+        return 0 if self._is_late() else self._n_missing() - self._book.count_running()
+
     def _is_late(self) -> bool:
         return time.monotonic() >= self._deadline
 
@@ -112,12 +149,13 @@ class SearchLoop:
         if self._jobs or any(isinstance(job, Prepare) for job in self._busy.values()):
             self._prepare(idle)
             return True
-        n_startable = 0 if self._is_late() else self._n_missing() - len(self._busy)
-        for worker in idle[: max(0, n_startable)]:
-            if not self._start_trial(worker):
+        for worker in idle:
+            if self._is_late() or not self._start_trials(worker):
                 break
+        self._settle()
         # With all workers busy starting up there is something to wait for although nothing is busy yet.
-        return bool(self._busy) or (n_startable > 0 and not self._book.is_exhausted)
+        may_start = (self._n_startable() > 0 and not self._book.is_exhausted) or len(self._backlog) > 0
+        return bool(self._busy) or (may_start and not self._is_late())
 
     def _prepare(self, idle: list[Worker]) -> None:
         """Prepare the images first, then the backbones side by side."""
@@ -131,16 +169,30 @@ class SearchLoop:
             self._display.show(ActivityChanged(worker=worker.number, text=text))
             worker.send(job)
 
-    def _start_trial(self, worker: Worker) -> bool:
-        asked = self._book.ask(worker.slot.device if worker.slot else "")
-        if asked is None:
+    def _start_trials(self, worker: Worker) -> bool:
+        """Start a trial or a cohort; return whether there was one."""
+        self._ask_ahead()
+        batch = self._backlog.take(_MAX_SCREEN_COHORT if self._book.is_screening else self._max_cohort)
+        if batch is None:
             return False
-        number, params = asked
-        job = Train(data_hash=self._data_hash, number=number, params=params)
-        self._busy[worker.number] = job
-        worker.send(job)
-        self._display.show(TrialStarted(worker=worker.number, number=number, params=params))
+        members = dict(batch.members)
+        self._busy[worker.number] = _Training(members=members)
+        worker.send(Train(data_hash=self._data_hash, members=batch.members, uses_features=batch.uses_features))
+        self._book.place(members, worker.slot.device if worker.slot else "")
+        started = TrialsStarted(worker=worker.number, numbers=tuple(members), params=batch.members[0][1])
+        self._display.show(started)
         return True
+
+    def _ask_ahead(self) -> None:
+        """Ask for trials until a worker has something to do, and a cohort may have come together."""
+        while self._book.has_queued_screen or not self._backlog.is_sated:
+            # What the screen shows is to guide the search: until it ends only its own trials are asked for.
+            if not self._book.has_queued_screen and (self._book.is_screening or self._n_startable() <= 0):
+                return
+            asked = self._book.ask()
+            if asked is None:
+                return
+            self._backlog.add(*asked)
 
     # --- listen ---
 
@@ -150,6 +202,7 @@ class SearchLoop:
                 self._lose(worker)
             else:
                 self._handle(worker, reply)
+        self._settle()
 
     def _handle(self, worker: Worker, reply: Reply) -> None:
         match reply:
@@ -157,6 +210,9 @@ class SearchLoop:
                 self._ready.add(worker.number)
             case Note():
                 self._display.show(Noted(text=reply.text))
+            case Progress():
+                progress = Progressed(worker=worker.number, text=reply.text, n_done=reply.n_done, n_total=reply.n_total)
+                self._display.show(progress)
             case Prepared():
                 del self._busy[worker.number]
                 self._display.show(ActivityChanged(worker=worker.number, text=""))
@@ -164,22 +220,21 @@ class SearchLoop:
                 self._judge(worker, reply)
             case TrialDone():
                 self._finish(worker, reply)
+            case GivenBack():
+                self._take_back(worker, reply)
             case _:
                 raise TypeError(f"unexpected reply: {reply}")
 
     def _judge(self, worker: Worker, done: EpochDone) -> None:
-        """Report an epoch, and answer with what the trial is to do."""
-        n_epochs = self._spec.training.epochs
-        value = done.result.objective_value(self._spec.study.objective)
-        must_stop = self._book.report(done.number, done.result)
-        epoch = EpochReported(worker=worker.number, epoch=done.result.epoch, n_epochs=n_epochs, value=value)
-        self._display.show(epoch)
-        if must_stop:
-            worker.send(Verdict(action="stop"))
-        elif done.result.epoch == n_epochs and self._book.would_be_best(done.number, value):
-            worker.send(self._ask_to_keep(done.number, value))
-        else:
-            worker.send(Verdict(action="go_on"))
+        """Report an epoch, and answer with what the trials are to do."""
+        n_epochs, objective = self._spec.training.epochs, self._spec.study.objective
+        stop = tuple(number for number, result in done.results if self._book.report(number, result))
+        epoch = done.results[0][1].epoch
+        values = {number: result.objective_value(objective) for number, result in done.results}
+        best = self._book.find_new_best(values) if epoch == n_epochs else None
+        worker.send(Verdict(stop=stop) if best is None else self._ask_to_keep(best, values[best]))
+        shown = (min if objective == "val_loss" else max)(values.values())
+        self._events.append(EpochReported(worker=worker.number, epoch=epoch, n_epochs=n_epochs, value=shown))
 
     def _ask_to_keep(self, number: int, value: float) -> Verdict:
         provenance = {
@@ -190,42 +245,69 @@ class SearchLoop:
             "trained_on": "train",
         }
         folder = model_folder(self._url, self._spec.study.name, number)
-        return Verdict(action="keep", folder=str(folder), provenance=provenance)
+        return Verdict(keep=number, folder=str(folder), provenance=provenance)
 
     def _finish(self, worker: Worker, done: TrialDone) -> None:
-        del self._busy[worker.number]
-        value = self._book.tell(done.number, done.outcome)
-        self._show_end(worker, done.number, done.outcome, value)
-        if value is not None and self._book.best_number() == done.number:
-            self._display.show(BestFound(number=done.number, value=value))
-        if done.kept:
-            self._remove_old_models()
-        self._count_fails(done.outcome)
+        """Tell a trial that ended by itself, by the pruner or by an error of its own."""
+        self._release(worker, (done.number,))
+        value = self._book.tell(done.number, done.outcome, done.usage)
+        self._announce(worker, done.number, done.outcome, value)
+        self._has_kept = self._has_kept or done.kept
+        self._count_fail(done.outcome)
 
-    def _show_end(self, worker: Worker, number: int, outcome: TrialOutcome, value: float | None) -> None:
-        self._display.show(Counted(n_done=self._book.count_finished(), n_trials=self._n_wanted()))
-        self._display.show(TrialFinished(worker=worker.number, number=number, outcome=outcome, value=value))
+    def _release(self, worker: Worker, numbers: tuple[int, ...]) -> tuple[tuple[int, TrialParams], ...]:
+        """Take trials from a worker, which is idle after its last; return their numbers and recipes."""
+        job = self._busy[worker.number]
+        assert isinstance(job, _Training)  # noqa: S101 - only a training worker speaks of trials
+        members = tuple((number, job.members.pop(number)) for number in numbers)
+        if not job.members:
+            del self._busy[worker.number]
+        return members
 
-    def _count_fails(self, outcome: TrialOutcome) -> None:
+    def _take_back(self, worker: Worker, reply: GivenBack) -> None:
+        members = self._release(worker, reply.numbers)
+        self._backlog.give_back(members, uncached_backbone=reply.backbone if reply.is_lasting else None)
+        self._events.append(Noted(text=f"{reply.backbone}: its heads train on images, not on features: {reply.reason}"))
+
+    def _announce(self, worker: Worker, number: int, outcome: TrialOutcome, value: float | None) -> None:
+        self._events.append(Counted(n_done=self._book.count_finished(), n_trials=self._n_wanted()))
+        self._events.append(TrialFinished(worker=worker.number, number=number, outcome=outcome, value=value))
+
+    def _count_fail(self, outcome: TrialOutcome) -> None:
         self._n_fails = self._n_fails + 1 if outcome.state is TrialState.FAIL else 0
+        self._last_fail = outcome.message
+
+    def _settle(self) -> None:
+        """Store what happened, then show it."""
+        self._book.flush()
+        for event in self._events:
+            self._display.show(event)
+        self._events.clear()
+        if self._book.best is not None and self._book.best != self._best:
+            self._best = self._book.best
+            self._display.show(BestFound(number=self._best[0], value=self._best[1]))
+        if self._has_kept:
+            self._has_kept = False
+            self._remove_old_models()
         if self._n_fails >= MAX_FAILS_IN_A_ROW:
             raise SearchError(
                 f"study {self._spec.study.name!r}: {self._n_fails} trials failed in a row; "
-                f"the last one: {outcome.message}; 'tuner show' has the tracebacks"
+                f"the last one: {self._last_fail}; 'tuner show' has the tracebacks"
             )
 
     def _lose(self, worker: Worker) -> None:
-        """Tell the trial of a dead worker, and start another worker in its slot."""
+        """Tell the trials of a dead worker, and start another worker in its slot."""
         message = worker.describe_end()
         self._display.show(ActivityChanged(worker=worker.number, text=""))
         self._display.show(Noted(text=f"{message}; another one takes its place"))
         self._ready.discard(worker.number)
         match self._busy.pop(worker.number, None):
-            case Train(number=number):
+            case _Training(members=members):
                 outcome = TrialOutcome(state=TrialState.FAIL, reason=Reason.WORKER_LOST, message=message)
-                self._book.tell(number, outcome)
-                self._show_end(worker, number, outcome, None)
-                self._count_fails(outcome)
+                for number in members:
+                    self._book.tell(number, outcome)
+                    self._announce(worker, number, outcome, None)
+                self._count_fail(outcome)  # once: it was one accident
             case job:
                 self._n_idle_losses += 1
                 if self._n_idle_losses >= _MAX_IDLE_LOSSES:
@@ -237,6 +319,6 @@ class SearchLoop:
 
     def _remove_old_models(self) -> None:
         """Keep the best trial's model, and those that are being written."""
-        best = self._book.best_number()
-        spared = self._book.running_numbers if best is None else (best, *self._book.running_numbers)
+        best = self._book.best
+        spared = self._book.running_numbers if best is None else (best[0], *self._book.running_numbers)
         remove_models(self._url, self._spec.study.name, keep=spared)

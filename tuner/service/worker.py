@@ -68,7 +68,7 @@ class Line:
         return self._inbox.get()
 
     def ask_verdict(self, done: EpochDone) -> Verdict:
-        """Report an epoch and wait for what the trial is to do."""
+        """Report an epoch and wait for what the trials are to do."""
         self.send(done)
         verdict = self.receive()
         if not isinstance(verdict, Verdict):
@@ -87,9 +87,11 @@ def serve(line: Line) -> Never:
 
     data = read_study_data(spec)
     from tuner.service.describing import describe_study
-    from tuner.service.training_session import TrainingSession, list_cuda_devices
+    from tuner.service.training_session import TrainingSession
+    from tuner.service.workbench import Workbench, list_cuda_devices
 
-    session = TrainingSession(spec, data, device=setup.device, n_threads=setup.n_threads, note=line.note)
+    bench = Workbench(spec, data, device=setup.device, n_threads=setup.n_threads, note=line.note)
+    session = TrainingSession(bench, line)
     line.send(Hello(cuda_devices=list_cuda_devices()))
     while True:
         match line.receive():
@@ -101,7 +103,7 @@ def serve(line: Line) -> Never:
                 line.send(Prepared(backbone=request.backbone))
             case Train() as request:
                 session.check_data(request.data_hash)
-                line.send(session.train(request.number, request.params, line.ask_verdict))
+                session.train(request)
             case unexpected:
                 raise TypeError(f"unexpected request: {unexpected}")
 

@@ -1,12 +1,25 @@
 """Messages cross the socket whole."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 
 from tests.unit.search.builders import make_epoch
-from tuner.service.messages import EpochDone, Hello, Lines, Message, Train, TrialDone, Verdict, decode, encode
-from tuner.trial import ClassReport, Reason, TrialOutcome, TrialParams, TrialState
+from tuner.service.messages import (
+    EpochDone,
+    GivenBack,
+    Hello,
+    Lines,
+    Message,
+    Progress,
+    Train,
+    TrialDone,
+    Verdict,
+    decode,
+    encode,
+)
+from tuner.trial import ClassReport, Reason, TrialOutcome, TrialParams, TrialState, Usage
 
 PARAMS = TrialParams(
     backbone="test_resnet",
@@ -28,10 +41,17 @@ PARAMS = TrialParams(
 )
 REPORT = ClassReport(confusion_matrix=((1, 2), (0, 3)), precision=(1.0, 0.6), recall=(0.3, 1.0), f1=(0.5, 0.75))
 MESSAGES: list[Message] = [
-    Train(data_hash="x", number=3, params=PARAMS),
-    EpochDone(number=3, result=make_epoch(1, 0.5)),
-    Verdict(action="keep", folder="/a b/ü", provenance={"value": 0.5}),
-    TrialDone(number=3, outcome=TrialOutcome(state=TrialState.COMPLETE, report=REPORT), kept=True),
+    Train(data_hash="x", members=((3, PARAMS), (5, replace(PARAMS, views=4))), uses_features=True),
+    EpochDone(results=((3, make_epoch(1, 0.5)), (5, make_epoch(1, 0.25)))),
+    Verdict(stop=(3, 4), keep=5, folder="/a b/ü", provenance={"value": 0.5}),
+    TrialDone(
+        number=3,
+        outcome=TrialOutcome(state=TrialState.COMPLETE, report=REPORT),
+        kept=True,
+        usage=Usage(features="cached", cohort_size=2, saved_seconds=1.5),
+    ),
+    GivenBack(numbers=(3, 5), backbone="test_resnet", reason="two classifiers", is_lasting=True),
+    Progress(text="decoding images", n_done=1, n_total=3),
     TrialDone(
         number=4,
         outcome=TrialOutcome(state=TrialState.FAIL, reason=Reason.ERROR, message="a\nb", traceback="line\nline"),

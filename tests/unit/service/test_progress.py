@@ -1,6 +1,7 @@
 """What the user sees."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -16,9 +17,10 @@ from tuner.service.progress import (
     LiveDisplay,
     Noted,
     PlainDisplay,
+    Progressed,
     SilentDisplay,
     TrialFinished,
-    TrialStarted,
+    TrialsStarted,
     format_seconds,
 )
 from tuner.trial import Reason, TrialOutcome, TrialState
@@ -27,7 +29,8 @@ EVENTS: list[Event] = [
     ActivityChanged(worker=0, text="preparing the images"),
     ActivityChanged(worker=0, text=""),
     Counted(n_done=0, n_trials=4),
-    TrialStarted(worker=0, number=0, params=PARAMS),
+    Progressed(worker=0, text="decoding images", n_done=1, n_total=3),
+    TrialsStarted(worker=0, numbers=(0,), params=PARAMS),
     EpochReported(worker=0, epoch=1, n_epochs=3, value=0.25),
     Counted(n_done=1, n_trials=4),
     TrialFinished(worker=0, number=0, outcome=TrialOutcome(state=TrialState.COMPLETE), value=0.75),
@@ -60,6 +63,32 @@ def test_plain_display_prints_a_line_for_each_event_that_matters(capsys: pytest.
     assert lines[4:] == ["a [red]note[/red]"]
 
 
+def test_live_display_shows_how_far_a_preparation_is_and_what_a_cohort_shares() -> None:
+    """A bar with its counts; then one row for all heads of the cohort."""
+    screen = io.StringIO()
+    display = LiveDisplay(Console(file=screen, force_terminal=True, width=120))
+    with display:
+        display.show(Progressed(worker=0, text="decoding images", n_done=120, n_total=300))
+        display._live.refresh()
+        assert "decoding images" in screen.getvalue()
+        assert "120 of 300" in screen.getvalue()
+        display.show(TrialsStarted(worker=0, numbers=(4, 7, 9), params=PARAMS))
+        display._live.refresh()
+        assert "trials 4 to 9, 3 heads as one  test_resnet batch=32 aug=0.5" in screen.getvalue()
+
+
+def test_plain_display_says_how_far_a_preparation_is_only_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log is not filled with every image."""
+    display = PlainDisplay()
+    now = time.monotonic()
+    for seconds in (1.0, 2.0, 12.0, 13.0):
+        monkeypatch.setattr("tuner.service.progress.time.monotonic", lambda seconds=seconds: now + seconds)
+        display.show(Progressed(worker=0, text="decoding images", n_done=int(seconds), n_total=300))
+    assert capsys.readouterr().out == "decoding images: 12 of 300\n"
+
+
 def test_silent_display_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """--quiet is quiet."""
     show_all(SilentDisplay())
@@ -71,13 +100,13 @@ def test_live_display_shows_workers_counts_and_best() -> None:
     screen = io.StringIO()
     display = LiveDisplay(Console(file=screen, force_terminal=True, width=120))
     with display:
-        for event in EVENTS[:5]:
+        for event in EVENTS[:6]:
             display.show(event)
         display._live.refresh()
         text = screen.getvalue()
         assert "trial 0  test_resnet lr=0.001 batch=32 unfrozen=2 aug=0.5  epoch 1/3  0.2500" in text
         assert "0/4 trials" in text
-        for event in EVENTS[5:]:
+        for event in EVENTS[6:]:
             display.show(event)
         display._live.refresh()
     text = screen.getvalue()

@@ -1,0 +1,83 @@
+"""Which trials train together."""
+
+from dataclasses import replace
+
+from tests.unit.service.test_messages import PARAMS
+from tuner.service.backlog import Backlog, Batch
+from tuner.trial import TrialParams
+
+HEAD = replace(PARAMS, unfrozen_layers=1, augmentation_strength=0.0)
+
+
+def take_numbers(backlog: Backlog, max_cohort: int = 8) -> list[int]:
+    """Return the numbers of the next batch."""
+    batch = backlog.take(max_cohort)
+    return [] if batch is None else [number for number, _ in batch.members]
+
+
+def make_backlog(*recipes: TrialParams, max_ahead: int = 8) -> Backlog:
+    """Return a backlog of trials that are numbered from 0."""
+    backlog = Backlog(max_ahead)
+    for number, params in enumerate(recipes):
+        backlog.add(number, params)
+    return backlog
+
+
+def test_backlog_gives_heads_that_share_their_features_as_one_cohort() -> None:
+    """Own learning rate, decay, momentum, smoothing, dropout, schedule and seed do not part a cohort."""
+    other = replace(HEAD, lr=1.0, weight_decay=0.5, momentum=0.0, label_smoothing=0.0, dropout=0.0, seed=3)
+    backlog = make_backlog(HEAD, other, replace(HEAD, warmup_fraction=0.5))
+    assert backlog.take(8) == Batch(
+        members=((0, HEAD), (1, other), (2, replace(HEAD, warmup_fraction=0.5))), uses_features=True
+    )
+    assert backlog.take(8) is None
+
+
+def test_backlog_parts_heads_that_differ_in_what_a_cohort_shares() -> None:
+    """Backbone, batch size, strength, views and optimizer are one for all."""
+    different = (
+        replace(HEAD, backbone="test_vit"),
+        replace(HEAD, batch_size=8),
+        replace(HEAD, augmentation_strength=0.5, views=2),
+        replace(HEAD, views=2),
+        replace(HEAD, optimizer="adam"),
+    )
+    backlog = make_backlog(HEAD, *different, HEAD)
+    assert [take_numbers(backlog) for _ in range(6)] == [[0, 6], [1], [2], [3], [4], [5]]
+
+
+def test_backlog_gives_no_larger_cohort_than_allowed() -> None:
+    """What does not fit waits for the next worker."""
+    backlog = make_backlog(*[HEAD] * 5)
+    assert [take_numbers(backlog, 2) for _ in range(4)] == [[0, 1], [2, 3], [4], []]
+
+
+def test_backlog_gives_a_trial_that_cannot_use_features_alone_and_after_the_heads() -> None:
+    """Deeper trials, and fresh augmentation, need the images."""
+    deeper = replace(HEAD, unfrozen_layers=2)
+    fresh = replace(HEAD, augmentation_strength=0.5, views="fresh")
+    backlog = make_backlog(deeper, HEAD, fresh)
+    assert take_numbers(backlog) == [1]
+    assert backlog.take(8) == Batch(members=((0, deeper),), uses_features=False)
+    assert backlog.take(8) == Batch(members=((2, fresh),), uses_features=False)
+
+
+def test_backlog_is_sated_by_one_deeper_trial_or_by_enough_heads() -> None:
+    """Asking further ahead would only make proposals older."""
+    assert not make_backlog(HEAD, HEAD, max_ahead=3).is_sated
+    assert make_backlog(HEAD, HEAD, HEAD, max_ahead=3).is_sated
+    assert make_backlog(HEAD, replace(HEAD, unfrozen_layers=2)).is_sated
+
+
+def test_backlog_trains_what_is_given_back_one_by_one_on_images() -> None:
+    """Once for these trials, or for every trial of the backbone."""
+    backlog = make_backlog(HEAD, HEAD, replace(HEAD, backbone="test_vit"))
+    batch = backlog.take(1)
+    assert batch is not None
+    backlog.give_back(batch.members, uncached_backbone=HEAD.backbone)
+    backlog.add(3, HEAD)
+    assert len(backlog) == 4
+    assert [take_numbers(backlog) for _ in range(4)] == [[2], [0], [1], [3]]
+    backlog.give_back(((4, replace(HEAD, backbone="test_vit")),), uncached_backbone=None)
+    backlog.add(5, replace(HEAD, backbone="test_vit"))
+    assert [take_numbers(backlog) for _ in range(2)] == [[5], [4]]

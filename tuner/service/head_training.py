@@ -1,0 +1,170 @@
+"""Head-only trials in a worker: one pass of the frozen backbone serves them all, and their heads train as one."""
+
+import gc
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tuner.data.feature_store import FeatureBank
+from tuner.service.feature_banks import FeatureBanks
+from tuner.service.messages import EpochDone, GivenBack, Reply, TrialDone, Verdict
+from tuner.service.outcomes import blame, first_line
+from tuner.service.workbench import Workbench
+from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort
+from tuner.training.head_features import NotCacheable, put_head
+from tuner.training.loop import Diverged
+from tuner.training.prepare import start_heads
+from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState, Usage
+
+Members = tuple[tuple[int, TrialParams], ...]
+
+_STOPPED = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER)
+
+
+class Coordinator(Protocol):
+    """Who the trials are reported to."""
+
+    def send(self, reply: Reply) -> None:
+        """Send a reply."""
+
+    def ask_verdict(self, done: EpochDone) -> Verdict:
+        """Report an epoch and wait for what the trials are to do."""
+
+
+class HeadTraining:
+    """Trains cohorts of heads."""
+
+    def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
+        self._bench, self._coordinator = bench, coordinator
+        self._banks = FeatureBanks(bench)
+
+    def train(self, members: Members) -> None:
+        """Train a cohort and say how each of its trials ended, or give back those that cannot use features."""
+        cohort = _Cohort(members)
+        try:
+            self._run(cohort)
+        except NotCacheable as error:
+            reason, outcome, is_lasting = str(error), None, True
+        except Exception as error:  # noqa: BLE001 - a user's backbone may raise anything, and the search goes on
+            reason, outcome, is_lasting = first_line(error), blame(error), False
+        else:
+            return
+        # Out of the except block: its traceback held on to the cohort's tensors.
+        self._banks.release_memory()
+        gc.collect()
+        if self._bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if cohort.n_epochs > 0 and outcome is not None:
+            self._end(cohort, tuple(cohort.running), outcome)
+        else:
+            numbers = tuple(cohort.number(index) for index in cohort.running)
+            backbone = members[0][1].backbone
+            self._coordinator.send(GivenBack(numbers=numbers, backbone=backbone, reason=reason, is_lasting=is_lasting))
+
+    def _run(self, cohort: "_Cohort") -> None:
+        """Train the cohort epoch by epoch until all its trials have ended."""
+        training = train_cohort(self._make_job(cohort))
+        epoch = next(training)
+        while True:
+            cohort.n_epochs += 1
+            done = {}
+            for index, result in epoch.results.items():
+                if isinstance(result, Diverged):
+                    self._end(cohort, (index,), blame(result))
+                else:
+                    done[cohort.number(index)] = result[0]
+            if not done:
+                return
+            verdict = self._coordinator.ask_verdict(EpochDone(results=tuple(done.items())))
+            stopped = tuple(index for index in cohort.running if cohort.number(index) in verdict.stop)
+            self._end(cohort, stopped, _STOPPED)
+            if epoch.epoch == cohort.recipes[0].epochs:
+                self._complete(cohort, epoch, verdict)
+            if not cohort.running:
+                return
+            epoch = training.send(frozenset(stopped))
+
+    def _make_job(self, cohort: "_Cohort") -> CohortJob:
+        first = cohort.recipes[0]
+        body = self._banks.find_body(first)
+        train, val = self._bench.load_images(self._bench.preprocess(first.backbone).interpolation)
+        val_bank, val_features = self._banks.open_val(first)
+        cohort.count_opened(val_bank)
+
+        def find_features(epoch: int) -> Tensor:
+            bank, features = self._banks.open_train(first, epoch)
+            cohort.count_opened(bank)
+            cohort.count_epoch(bank, val_bank)
+            return features
+
+        keeps_head = self._bench.section(first.backbone).keep_head and self._bench.spec.pretraining is None
+        weights, biases = start_heads(body.head, [params.seed for params in cohort.recipes], keep_head=keeps_head)
+        return CohortJob(
+            params=cohort.recipes,
+            features=find_features,
+            labels=train.labels,
+            val_features=val_features,
+            val_labels=val.labels,
+            n_classes=train.n_classes,
+            weights=weights,
+            biases=biases,
+            device=self._bench.device,
+        )
+
+    def _complete(self, cohort: "_Cohort", epoch: CohortEpoch, verdict: Verdict) -> None:
+        """End the trials that went through all epochs; keep the model of the one that the verdict names."""
+        for index in tuple(cohort.running):
+            kept = cohort.number(index) == verdict.keep and self._keep_model(cohort, index, epoch, verdict)
+            result = epoch.results[index]
+            assert not isinstance(result, Diverged)  # noqa: S101 - those have ended
+            outcome = TrialOutcome(state=TrialState.COMPLETE, report=result[1])
+            self._end(cohort, (index,), outcome, kept=kept)
+
+    def _keep_model(self, cohort: "_Cohort", index: int, epoch: CohortEpoch, verdict: Verdict) -> bool:
+        params = cohort.recipes[index]
+        model = self._bench.make_model(params)
+        put_head(model, *epoch.heads[index])
+        return self._bench.keep_model(model, params, verdict)
+
+    def _end(self, cohort: "_Cohort", indices: tuple[int, ...], outcome: TrialOutcome, *, kept: bool = False) -> None:
+        for index in indices:
+            cohort.running.remove(index)
+            done = TrialDone(number=cohort.number(index), outcome=outcome, kept=kept, usage=cohort.describe_usage())
+            self._coordinator.send(done)
+
+
+class _Cohort:
+    """Trials in training, and what their features cost. Mutable."""
+
+    def __init__(self, members: Members) -> None:
+        self._numbers = tuple(number for number, _ in members)
+        self.recipes = tuple(params for _, params in members)
+        self.running = list(range(len(members)))
+        """Positions of those that have not ended."""
+        self.n_epochs = 0
+        """Epochs that have been trained."""
+        self._computed_seconds = 0.0
+        self._needed_seconds = 0.0
+
+    def number(self, index: int) -> int:
+        """Return the number of the trial at a position."""
+        return self._numbers[index]
+
+    def count_opened(self, bank: FeatureBank) -> None:
+        """Count what features took that were not there."""
+        if not bank.was_there:
+            self._computed_seconds += bank.seconds
+
+    def count_epoch(self, *banks: FeatureBank) -> None:
+        """Count what one trial would have spent on computing an epoch's features for itself."""
+        self._needed_seconds += sum(bank.seconds for bank in banks)
+
+    def describe_usage(self) -> Usage:
+        """Return what a trial that ends now has used."""
+        share = self._computed_seconds / len(self.recipes)
+        return Usage(
+            features="computed" if self._computed_seconds > 0 else "cached",
+            cohort_size=len(self.recipes),
+            saved_seconds=round(max(0.0, self._needed_seconds - share), 3),
+        )

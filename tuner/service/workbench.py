@@ -1,0 +1,108 @@
+"""What a worker keeps between trials: its device, the images, weights that were read before."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tuner.data.image_set import ImageSet, load_image_set, move_to
+from tuner.data.index import Split
+from tuner.errors import DeviceError, ExportError
+from tuner.models.backbone import Preprocessing, read_preprocessing
+from tuner.service.messages import Verdict
+from tuner.service.study_data import StudyData
+from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.training.package import Manifest, write_package
+from tuner.training.prepare import WeightsCache, prepare_model
+from tuner.training.pretrain import find_pretrained
+from tuner.trial import TrialParams
+
+
+class Workbench:
+    """The study in a worker. Mutable: it keeps what it has read."""
+
+    def __init__(
+        self, spec: StudySpec, data: StudyData, *, device: str, n_threads: int, note: Callable[[str], None]
+    ) -> None:
+        self.spec, self.data, self.n_threads, self.note = spec, data, n_threads, note
+        self.device = _take_device(device)
+        self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
+        self._weights = WeightsCache()
+        self._pretrained: dict[str, Path | None] = {}
+
+    def section(self, backbone: str) -> BackboneSection:
+        """Return what the study file says of a backbone."""
+        return self.spec.backbones.get(backbone, BackboneSection())
+
+    def preprocess(self, backbone: str) -> Preprocessing:
+        """Return how images become a backbone's input."""
+        return read_preprocessing(backbone, self.section(backbone))
+
+    def load_images(self, interpolation: str) -> tuple[ImageSet, ImageSet]:
+        """Return the images of train and of val, where training finds them fastest."""
+        if interpolation not in self._image_sets:
+            train, val = (
+                load_image_set(
+                    self.data.index,
+                    self.data.splits,
+                    self.spec.data,
+                    (split,),
+                    interpolation=interpolation,
+                    n_threads=self.n_threads,
+                )
+                for split in (Split.TRAIN, Split.VAL)
+            )
+            self._image_sets[interpolation] = move_to(train, self.device), move_to(val, self.device)
+        return self._image_sets[interpolation]
+
+    def make_model(self, params: TrialParams) -> nn.Module:
+        """Return a trial's model before its first step, on the CPU."""
+        pretrained = self._find_pretrained(params.backbone)
+        return prepare_model(params, self.spec, len(self.data.index.classes), pretrained, self._weights)
+
+    def _find_pretrained(self, backbone: str) -> Path | None:
+        if backbone not in self._pretrained:
+            path = find_pretrained(backbone, self.spec)[0] if self.spec.pretraining else None
+            self._pretrained[backbone] = path
+        return self._pretrained[backbone]
+
+    def keep_model(self, model: nn.Module, params: TrialParams, verdict: Verdict) -> bool:
+        """Write the model folder that a verdict asks for; a full disk costs the folder, not the trial."""
+        manifest = Manifest(
+            backbone=params.backbone,
+            kwargs=self.section(params.backbone).kwargs,
+            preprocessing=self.preprocess(params.backbone),
+            classes=self.data.index.classes,
+            image_size=self.spec.data.image_size,
+            resize=self.spec.data.resize,
+            params=params,
+            provenance=verdict.provenance,
+        )
+        try:
+            write_package(Path(verdict.folder), model, manifest)
+        except ExportError as error:
+            self.note(f"the model of the best trial could not be kept: {error}")
+            return False
+        return True
+
+
+def list_cuda_devices() -> tuple[str, ...]:
+    """Return the names of the CUDA devices that this process sees."""
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+
+
+def _take_device(kind: str) -> torch.device:
+    """Return the worker's device; on CUDA the one that it was bound to, and the only one that it may see.
+
+    Raises:
+        DeviceError: If the binding failed.
+    """
+    if kind != "cuda":
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    if (n_visible := torch.cuda.device_count()) != 1:
+        raise DeviceError(f"workers.devices: a worker must see its own CUDA device alone, got {n_visible} devices")
+    return torch.device("cuda", 0)
