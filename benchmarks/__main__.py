@@ -1,25 +1,46 @@
 """``python -m benchmarks [CASE…] [--smoke]``: measure, print, and keep what was measured."""
 
+import argparse
+import os
+import signal
 import sys
 
-from benchmarks.cases import trial_book
+from benchmarks.cases import decode, growth, memory, search_speed, step_overhead, trial_book
 from benchmarks.harness import describe, measure, save
+from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
+from benchmarks.search_settings import NAME as SEARCH_SPEED
+from benchmarks.search_settings import add_options
 
-CASES = {case.name: case for case in (trial_book.CASE,)}
-N_REPEATS = 5
+CASES = {case.name: case for case in (trial_book.CASE, step_overhead.CASE, decode.CASE, memory.CASE, growth.CASE)}
+"""Those of one table; ``search_speed`` has options and a result of its own."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the named cases, or all. Smoke mode is small, and keeps nothing."""
-    smoke = "--smoke" in arguments
-    names = [argument for argument in arguments if argument != "--smoke"] or list(CASES)
-    if unknown := [name for name in names if name not in CASES]:
-        print(f"unknown case {unknown[0]!r}; the cases are {', '.join(CASES)}", file=sys.stderr)
-        return 2
-    for name in names:
-        result = measure(CASES[name], n_repeats=1 if smoke else N_REPEATS, smoke=smoke)
-        print(describe(result))
-        if not smoke:
+    known = (*CASES, SEARCH_SPEED)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--smoke", action="store_true", help="seconds, with tiny data; keeps nothing")
+    parser.add_argument("--repeats", type=int, metavar="N", help="instead of the case's own number")
+    parser.add_argument("--images", metavar="DIR", help=f"data sets as zip files [{IMAGES_VARIABLE}]")
+    parser.add_argument("--weights", metavar="DIR", help=f"weights with a JSON file each [{WEIGHTS_VARIABLE}]")
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.cases if name not in known]:
+        parser.error(f"unknown case {unknown[0]!r}; the cases are {', '.join(known)}")
+    for variable, given in ((IMAGES_VARIABLE, options.images), (WEIGHTS_VARIABLE, options.weights)):
+        if given:
+            os.environ[variable] = given
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that arms are ended and folders removed
+    for name in options.cases or known:
+        if name == SEARCH_SPEED:
+            search_speed.main(options)
+            continue
+        case = CASES[name]
+        repeats = 1 if options.smoke else options.repeats or case.n_repeats
+        result = measure(case, n_repeats=repeats, smoke=options.smoke)
+        print(describe(result), flush=True)
+        if not options.smoke:
             print(f"kept in {save(result)}")
     return 0
 

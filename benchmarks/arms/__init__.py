@@ -1,0 +1,1 @@
+"""What is compared: each arm starts in a process of its own."""
