@@ -218,7 +218,7 @@ def test_commands_refuse_wrong_paths(
         ),
         (("run", "study.toml", "--trials", "0"), "Invalid value for '--trials': 0 is not in the range x>=1."),
         (("run", "study.toml", "--trails", "3"), "No such option '--trails'. Did you mean '--trials'?"),
-        (("chekc", "study.toml"), "No such command 'chekc'. Did you mean 'check'?"),
+        (("checkk", "study.toml"), "No such command 'checkk'. Did you mean 'check'?"),
         (("show", "bad", "first"), "Invalid value for 'NUMBER': 'first' is not a valid integer range."),
     ],
 )
