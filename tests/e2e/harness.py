@@ -42,6 +42,20 @@ def good(num_classes):
     return Net(num_classes)
 
 
+def fixed(num_classes, width=4, seed=0):
+    model = Net(num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    model.body = nn.Conv2d(3, width, 3)
+    model.fc = nn.Linear(width, num_classes)
+    for parameter in model.body.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def wide(num_classes):
+    return fixed(num_classes, width=16, seed=1)
+
+
 def slow(num_classes, seconds=0.02):
     return Net(num_classes, lambda: time.sleep(seconds))
 

@@ -1,5 +1,6 @@
 """What a study means on this machine: its images, its backbones, their weights, and the disk that they need."""
 
+import math
 import shutil
 import sys
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from tuner.paths import cache_root
 from tuner.service.messages import Description
 from tuner.service.study_data import StudyData
 from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.spec.space import PARAMETERS, Choices, FloatRange, IntRange
 from tuner.training.pretrain import find_pretrained, identify_pretraining
 
 _TIMED_IMAGES = 8
@@ -64,7 +66,7 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
         store_bytes=store_bytes,
         free_bytes=shutil.disk_usage(cache_root()).free,
         seconds_per_image=seconds_per_image,
-        notes=_list_notes(data),
+        notes=_list_notes(spec, data),
     )
 
 
@@ -109,7 +111,29 @@ def _list_versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **versions}
 
 
-def _list_notes(data: StudyData) -> tuple[str, ...]:
-    if has_test(data.index, data.splits):
-        return ()
-    return ("no test split: 'tuner train' will have no unbiased number; data.test_fraction = 0.2 keeps one back",)
+def _list_notes(spec: StudySpec, data: StudyData) -> tuple[str, ...]:
+    notes = []
+    if not has_test(data.index, data.splits):
+        notes.append(
+            "no test split: 'tuner train' will have no unbiased number; data.test_fraction = 0.2 keeps one back"
+        )
+    may_augment = max(_bounds(spec, "augmentation_strength")) > 0
+    if min(_bounds(spec, "unfrozen_layers")) == 1 and may_augment and spec.training.views == "fresh":
+        notes.append(
+            "heads with augmentation_strength > 0 train on images, not on kept features: with training.views = "
+            '"fresh" no two epochs show the same; views = 8 shows eight fixed versions of each image'
+        )
+    return tuple(notes)
+
+
+def _bounds(spec: StudySpec, name: str) -> tuple[float, float]:
+    """Return the least and the largest value that a param of numbers may take; "all" is infinity."""
+    match spec.space.get(name):
+        case Choices(choices=choices):
+            values = [float(choice) for choice in choices]
+        case FloatRange(low=low, high=high) | IntRange(low=low, high=high):
+            values = [float(low), math.inf if high == "all" else float(high)]
+        case None:
+            fixed = spec.fixed_params().get(name, PARAMETERS[name].default)
+            values = [math.inf if fixed == "all" else float(fixed or 0)]
+    return min(values), max(values)
