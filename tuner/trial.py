@@ -91,8 +91,8 @@ class EpochResult:
 class Usage:
     """What a trial was trained with besides its recipe, and what that saved."""
 
-    features: Literal["", "computed", "cached"] = ""
-    """Whether the head was trained on features that this trial's cohort computed or found; empty: on images."""
+    features: Literal["none", "computed", "cached"] = "none"
+    """Whether the head was trained on features that this trial's cohort computed or found; none: on images."""
     cohort_size: int = 1
     """Trials that were trained as one when its training began."""
     saved_seconds: float = 0.0
@@ -141,6 +141,8 @@ class Reason(StrEnum):
     """An exception while training; the traceback is kept with the trial."""
     WORKER_LOST = "worker_lost"
     """Its process died; the trial is queued again once."""
+    COHORT_LOST = "cohort_lost"
+    """An error ended the cohort that it was trained in; the trial is queued again once, to be trained alone."""
     INTERRUPTED = "interrupted"
     """The run was stopped; the trial is queued again."""
 

@@ -49,7 +49,7 @@ def test_screen_counts_apart_and_starts_the_search(tmp_path: Path) -> None:
     place = make_heads(tmp_path, search="screen = 3")
     code, output = place.run("--trials", "4")
     assert code == 0, output
-    assert "screen: 6 head trials" in output
+    assert "screen: 6 head trials besides" in output
     code, output = place.run()
     assert code == 0, output
     trials = read_study(place).trials
@@ -78,6 +78,20 @@ def test_killed_run_of_cohorts_resumes_to_the_exact_count(tmp_path: Path, n_done
     assert place.count_trials("RUNNING") == 0
 
 
+def test_cohort_that_dies_with_its_worker_is_trained_again_one_by_one(tmp_path: Path) -> None:
+    """What killed the worker may be one of its trials, which must not take the others along a second time."""
+    place = make_heads(tmp_path)
+    place.study_file.write_text(place.study_file.read_text().replace("own:fixed", "own:mortal"))
+    code, output = place.run()
+    assert code == 0, output
+    assert_is_whole(place, 12)
+    trials = read_study(place).trials
+    lost = {trial.number for trial in trials if trial.user_attrs.get("reason") == "worker_lost"}
+    retries = [trial for trial in trials if trial.user_attrs.get("retry_of") in lost]
+    assert len(retries) == len(lost) > 0
+    assert {(trial.user_attrs["features"], trial.user_attrs["cohort_size"]) for trial in retries} == {("none", 1)}
+
+
 def test_diverged_head_leaves_its_cohort_alone(tmp_path: Path) -> None:
     """It is infeasible by itself; the others complete."""
     place = make_heads(tmp_path, training='optimizer = "sgd"')
@@ -100,7 +114,7 @@ def test_head_of_a_random_body_trains_on_images_and_the_run_says_why(tmp_path: P
     assert_is_whole(place, 4)
     said = "own:good: its heads train on images, not on features: its weights are drawn anew for every trial"
     for trial in read_study(place).trials:
-        assert ("features" in trial.user_attrs) is (trial.params["backbone"] == "own:wide")
+        assert (trial.user_attrs["features"] == "none") is (trial.params["backbone"] == "own:good")
     if any(trial.params["backbone"] == "own:good" for trial in read_study(place).trials):
         assert said in output
 

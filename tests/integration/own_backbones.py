@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+FACTOR = 1.0
+"""Stands for the code of ``forward``, which a user may edit."""
+
 
 class Net(nn.Module):
     """A convolution, BatchNorm with statistics of its own, and a linear head."""
@@ -17,12 +20,13 @@ class Net(nn.Module):
             parameter.data = torch.randn(parameter.shape, generator=generator)
         self.norm.running_mean = torch.randn(8, generator=generator)
         self.fails_after = fails_after
+        self.shift: Tensor | float = 0.0
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits."""
         if self.fails_after and len(images) >= self.fails_after:
             raise ValueError("the user's own bug")
-        logits: Tensor = self.fc(torch.relu(self.norm(self.body(images))).mean((2, 3)))
+        logits: Tensor = self.fc(torch.relu(self.norm(self.body(images)) + self.shift).mean((2, 3)) * FACTOR)
         return logits
 
 
@@ -34,6 +38,13 @@ def plain(num_classes: int) -> Net:
 def raising(num_classes: int) -> Net:
     """Return a net that fails on a whole batch of features, but not on the few images that are tried first."""
     return Net(num_classes, fails_after=20)
+
+
+def shifting(num_classes: int) -> Net:
+    """Return a net with a random tensor that is neither a parameter nor a buffer."""
+    net = Net(num_classes)
+    net.shift = torch.randn(8, 1, 1)
+    return net
 
 
 def dropping(num_classes: int) -> nn.Module:

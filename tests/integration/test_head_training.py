@@ -151,11 +151,28 @@ def test_heads_are_given_back_when_their_features_cannot_be_computed(tmp_path: P
 
 
 def test_error_after_an_epoch_ends_the_cohorts_trials(tmp_path: Path) -> None:
-    """They cannot be given back: what they reported is in the study."""
+    """They cannot be given back, since the study holds what they reported: each is to be tried again alone."""
 
     def fail(_: EpochDone) -> Verdict:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     ends = train(tmp_path, *RECIPES, desk=Desk(answer=fail)).ends()
-    assert {end.outcome.reason for end in ends.values()} == {"out_of_memory"}
+    assert {end.outcome.reason for end in ends.values()} == {"cohort_lost"}
     assert sorted(ends) == [0, 1, 2]
+    alone = train(tmp_path, RECIPES[0], desk=Desk(answer=fail)).ends()
+    assert alone[0].outcome.reason == "out_of_memory"  # nobody else can be to blame
+
+
+def test_model_that_cannot_be_kept_costs_the_folder_and_not_the_trials(tmp_path: Path) -> None:
+    """They went through all their epochs."""
+    desk = Desk()
+    session = make_session(tmp_path, desk)
+
+    def lose_weights(done: EpochDone) -> Verdict:
+        if done.results[0][1].epoch == 2:
+            session._bench.spec = None  # type: ignore[assignment]
+        return Verdict(keep=1, folder=str(tmp_path / "model"))
+
+    desk.answer = lose_weights
+    session.train(Train(data_hash="", members=tuple(enumerate(RECIPES)), uses_features=True))
+    assert {(end.outcome.state.value, end.kept) for end in desk.ends().values()} == {("COMPLETE", False)}

@@ -131,3 +131,20 @@ def test_flush_is_one_transaction_or_none(tmp_path: Path) -> None:
         with lock(tmp_path):
             mirror.flush()
         assert len(commits) == 1
+
+
+@pytest.mark.parametrize("what", ["studies", "trials"])
+def test_flush_says_that_the_study_was_deleted_and_writes_nothing(tmp_path: Path, what: str) -> None:
+    """Rows of a study that is gone would be inherited by the next one, whose ids SQLite gives again."""
+    with open_mirror(tmp_path) as mirror:
+        study = load(mirror, sampler=RandomSampler(seed=0))
+        running = study.ask(DISTRIBUTIONS)
+        mirror.flush()
+        with closing(sqlite3.connect(tmp_path / "studies.db")) as connection, connection:
+            connection.execute(f"DELETE FROM {what}")  # noqa: S608 - a name of ours
+        running.report(0.5, 1)
+        study.tell(running, 0.5)
+        with pytest.raises(StorageError, match="another program deleted it"):
+            mirror.flush()
+        with closing(sqlite3.connect(tmp_path / "studies.db")) as connection:
+            assert connection.execute("SELECT count(*) FROM trial_values").fetchone() == (0,)

@@ -72,7 +72,8 @@ def _describe(entries: Sequence["CacheEntry"]) -> str:
         (entry.kind, _format_bytes(entry.n_bytes), f"{entry.last_used:%Y-%m-%d %H:%M} UTC", entry.text)
         for entry in entries
     ]
-    total = f"{_format_bytes(_sum_bytes(entries))} of {_format_bytes(budget_bytes())} in {_folder()}"
+    budget = _format_bytes(budget_bytes())
+    total = f"{_format_bytes(_sum_bytes(entries))} in {_folder()}; pixels and features may take {budget}"
     return f"{format_table(('KIND', 'SIZE', 'LAST USED', 'HOLDS'), rows)}\n{total}" if rows else f"nothing: {total}"
 
 

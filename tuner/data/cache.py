@@ -111,7 +111,7 @@ def clear_cache(kinds: Iterable[Kind] | None = None) -> int:
 
 
 def budget_bytes() -> int:
-    """Return how much the cache may hold: ``TUNER_CACHE_GB`` gigabytes, 50 unless it is set.
+    """Return how much pixels and features may take together: ``TUNER_CACHE_GB`` gigabytes, 50 unless it is set.
 
     Raises:
         StorageError: If it is no such number.
@@ -135,8 +135,9 @@ def touch(path: Path) -> None:
 def make_room(n_bytes: int, *, spare: Iterable[Path] = (), force: bool = False) -> bool:
     """Evict the least recently used pixels and features until more bytes fit the budget and the disk.
 
-    Nothing is evicted in vain: if they cannot fit, all stays as it is. Two processes that make room at once may
-    together end above the budget, by what one of them adds.
+    The budget is for what can be evicted: pretrained weights and hashes do not count. Nothing is evicted in vain: if
+    the bytes cannot fit, all stays as it is. Two processes that make room at once may together end above the budget,
+    by what one of them adds.
 
     Args:
         n_bytes: What will be written.
@@ -152,7 +153,7 @@ def make_room(n_bytes: int, *, spare: Iterable[Path] = (), force: bool = False) 
     """
     budget = budget_bytes()
     _sweep()
-    n_held = sum(stored.n_bytes for kind in KINDS for stored in _scan(kind))
+    n_held = sum(stored.n_bytes for kind in _EVICTABLE for stored in _scan(kind))
     lacking = max(n_held + n_bytes - budget, n_bytes - _free_bytes())
     if lacking <= 0:
         return True

@@ -17,16 +17,22 @@ from numpy.typing import NDArray
 from tuner.data.array_file import create_array, map_array
 from tuner.data.cache import make_room, touch
 from tuner.data.locks import locked
+from tuner.data.memory import available_memory
 from tuner.paths import cache_root, replacing
 
 _FORMAT = 1
 """Raised when the files look different."""
 _CHUNK_BYTES = 1 << 20
+_MEMORY_FRACTION = 0.25
+"""Share of the free memory that a bank may take if it cannot be kept."""
+_GIGABYTE = 1e9
 _verified: set[tuple[int, int, int, int]] = set()
 """Files whose bytes this process has compared with their checksum: device, inode, size and checksum."""
 
 Fill = Callable[[NDArray[np.float32]], None]
 """Writes every element of the array that it is given, float32, shape ``(n_images, width)``."""
+Accept = Callable[[NDArray[np.float32]], bool]
+"""Whether features that the cache holds are still what would be computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,13 @@ class _Job:
     key: Mapping[str, Any]
     shape: tuple[int, int]
     fill: Fill
+    accept: Accept | None
     text: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the size of the features."""
+        return int(np.prod(self.shape, dtype=object)) * np.dtype(np.float32).itemsize
 
     @property
     def sidecar(self) -> Path:
@@ -59,7 +71,9 @@ class _Job:
         return self.path.with_suffix(".json")
 
 
-def open_bank(key: Mapping[str, Any], *, shape: tuple[int, int], fill: Fill, text: str = "") -> FeatureBank:
+def open_bank(
+    key: Mapping[str, Any], *, shape: tuple[int, int], fill: Fill, accept: Accept | None = None, text: str = ""
+) -> FeatureBank:
     """Return features, from the cache if they are there.
 
     One process computes them, the others wait for it. A file that is torn, cut short, changed or of another shape is
@@ -69,23 +83,33 @@ def open_bank(key: Mapping[str, Any], *, shape: tuple[int, int], fill: Fill, tex
         key: Everything that decides the features, as plain JSON; equal keys mean equal features.
         shape: Number of images and width.
         fill: Computes them. Called again, for memory, if the disk fails after the first time.
+        accept: Asked of features that were there; if it says no, they are made again. None takes them as they are.
         text: What they are, for a person who lists the cache.
 
     Raises:
         StorageError: If ``TUNER_CACHE_GB`` is no number.
+        MemoryError: If they cannot be kept and would take more than a quarter of the free memory.
     """
     name = sha256(json.dumps({"format": _FORMAT, "key": key}, sort_keys=True).encode()).hexdigest()
     path = cache_root() / "features" / f"{name}.npy"
-    job = _Job(path=path, key=key, shape=shape, fill=fill, text=text)
+    job = _Job(path=path, key=key, shape=shape, fill=fill, accept=accept, text=text)
     kept = None
     if all(shape):
         with suppress(OSError):  # a cache that cannot be used costs time, never the trial
-            kept = _read_bank(job) or _keep_bank(job)
+            kept = _find_bank(job) or _keep_bank(job)
     if kept is not None:
         return kept
+    if job.n_bytes > _MEMORY_FRACTION * available_memory():
+        raise MemoryError(f"features of {job.n_bytes / _GIGABYTE:.1f} GB fit neither the cache nor the memory")
     # Not under the lock: those who waited for it compute theirs at the same time.
     features = np.empty(shape, dtype=np.float32)
     return FeatureBank(features=features, seconds=_time_fill(fill, features), was_there=False, is_kept=False)
+
+
+def _find_bank(job: _Job) -> FeatureBank | None:
+    """Return the bank if it is there, whole and accepted."""
+    bank = _read_bank(job)
+    return bank if bank and (job.accept is None or job.accept(bank.features)) else None
 
 
 def _read_bank(job: _Job) -> FeatureBank | None:
@@ -106,10 +130,10 @@ def _read_bank(job: _Job) -> FeatureBank | None:
 def _keep_bank(job: _Job) -> FeatureBank | None:
     """Compute the bank into the cache, or wait for who does; None if it cannot be kept."""
     with locked(job.path):
-        if bank := _read_bank(job):  # another process was faster
+        if bank := _find_bank(job):  # another process was faster
             return bank
         job.path.unlink(missing_ok=True)
-        if not make_room(int(np.prod(job.shape, dtype=object)) * 4):
+        if not make_room(job.n_bytes):
             return None
         seconds = _build_bank(job)
         bank = _read_bank(job)

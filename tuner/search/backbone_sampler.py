@@ -75,7 +75,12 @@ class PerBackboneSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return a whole point, or nothing while there are too few trials for a model."""
+        queued = trial.system_attrs.get("fixed_params", {})
+        if search_space.keys() <= queued.keys():
+            return {}  # nothing is left to propose
         proposed = self._over_all.sample_relative(study, trial, search_space)
+        if "backbone" in proposed and "backbone" in queued:
+            proposed = proposed | {"backbone": queued["backbone"]}
         rest = {name: distribution for name, distribution in search_space.items() if name != "backbone"}
         if "backbone" not in proposed or not rest:
             return proposed

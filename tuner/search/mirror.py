@@ -48,7 +48,7 @@ class MirrorStorage(BaseStorage):
 
         Raises:
             sqlalchemy.exc.SQLAlchemyError: If the database cannot be written.
-            StorageError: If another program added trials to the study.
+            StorageError: If another program deleted the study, or added trials to it.
         """
         self._rows.write(self._storage.engine)
 

@@ -50,11 +50,6 @@ def is_counted(trial: FrozenTrial) -> bool:
     return trial.state in {OptunaState.COMPLETE, OptunaState.PRUNED} and not is_screen(trial)
 
 
-def is_screening(trials: Iterable[FrozenTrial]) -> bool:
-    """Whether a screen trial still waits or runs."""
-    return any(is_screen(trial) and not trial.state.is_finished() for trial in trials)
-
-
 def list_screen_points(spec: StudySpec, distributions: Mapping[str, BaseDistribution]) -> list[QueuedPoint]:
     """Return the head configurations that the screen tries: ``search.screen`` of each backbone.
 
@@ -67,7 +62,7 @@ def list_screen_points(spec: StudySpec, distributions: Mapping[str, BaseDistribu
         distributions: Of ``make_distributions``.
 
     Returns:
-        Backbone by backbone, in the order of the file. Fewer of each where its space has fewer points.
+        The backbones in turn, in the order of the file. Fewer of each where its space has fewer points.
     """
     least: Point = {}
     if "unfrozen_layers" in distributions:
@@ -82,7 +77,8 @@ def list_screen_points(spec: StudySpec, distributions: Mapping[str, BaseDistribu
             whole = point | fixed
             attrs = {SCREEN_ATTR: {"backbone": backbone, "number": number}}
             queued.append(QueuedPoint(point={name: whole[name] for name in distributions}, attrs=attrs))
-    return queued
+    # In turn, so that one broken backbone does not keep the others from being seen.
+    return sorted(queued, key=lambda each: int(each.attrs[SCREEN_ATTR]["number"]))
 
 
 def _draw(distributions: Mapping[str, BaseDistribution], n_points: int, seed: int) -> list[Point]:

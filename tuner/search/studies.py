@@ -15,7 +15,7 @@ from tuner.errors import StudyError
 from tuner.search.backbone_sampler import make_screened_sampler
 from tuner.search.distributions import count_grid, make_distributions
 from tuner.search.mirror import MirrorStorage
-from tuner.search.pruners import make_pruner
+from tuner.search.pruners import make_pruner, make_screened_pruner
 from tuner.search.samplers import make_sampler
 from tuner.search.screening import is_screen
 from tuner.spec.sections import StudySpec
@@ -162,12 +162,14 @@ def _equip(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStu
     """Load a study to run it: over a mirror, with its sampler and pruner."""
     mirror = MirrorStorage(storage, spec.study.name)
     n_stored = mirror.get_n_trials(mirror.get_study_id_from_name(spec.study.name))
-    make = make_screened_sampler if spec.search.screen else make_sampler
+    is_screened = spec.search.screen > 0
+    sample_with = make_screened_sampler if is_screened else make_sampler
+    prune_with = make_screened_pruner if is_screened else make_pruner
     study = optuna.load_study(
         storage=mirror,
         study_name=spec.study.name,
-        sampler=make(spec.search.sampler, study_seed=spec.study.seed, n_stored=n_stored),
-        pruner=make_pruner(spec.search.pruner, epochs=spec.training.epochs),
+        sampler=sample_with(spec.search.sampler, study_seed=spec.study.seed, n_stored=n_stored),
+        pruner=prune_with(spec.search.pruner, epochs=spec.training.epochs),
     )
     return StoredStudy(study=study, spec=spec, facts=facts, mirror=mirror)
 

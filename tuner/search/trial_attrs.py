@@ -39,7 +39,7 @@ def describe_end(
             "best_epoch_value": best.objective_value(objective),
             EPOCHS_ATTR: [dataclasses.asdict(result) for result in epochs],
         }
-    if usage is not None and usage.features:
+    if usage is not None:
         attrs |= dataclasses.asdict(usage)
     if outcome.report:
         attrs["class_report"] = _describe_report(outcome.report)

@@ -115,9 +115,19 @@ class TrialBook:
     # --- the screen ---
 
     @property
-    def has_queued_screen(self) -> bool:
+    def next_is_screen(self) -> bool:
         """Whether the next trial is one of the screen."""
-        return self._n_queued_screen > 0
+        if self._n_queued_screen == 0:
+            return False
+        return is_screen(min(self._list_waiting(), key=lambda trial: trial.number))
+
+    @property
+    def next_is_queued(self) -> bool:
+        """Whether the next trial waits in the queue, and need not be proposed."""
+        return bool(self._list_waiting())
+
+    def _list_waiting(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=(OptunaState.WAITING,))
 
     @property
     def is_screening(self) -> bool:
@@ -142,6 +152,7 @@ class TrialBook:
     def _enqueue(self, point: Point, attrs: Mapping[str, Any]) -> None:
         self._study.enqueue_trial(point, user_attrs=dict(attrs))
         self._n_queued_screen += SCREEN_ATTR in attrs
+        self._is_exhausted = False
 
     # --- one trial ---
 
@@ -174,6 +185,14 @@ class TrialBook:
             self._n_queued_screen -= 1
             self._running_screen.add(trial.number)
         return trial.number, params
+
+    def is_screen(self, number: int) -> bool:
+        """Whether a running trial is one of the screen."""
+        return number in self._running_screen
+
+    def is_suspect(self, number: int) -> bool:
+        """Whether a running trial's point was lost with its worker or its cohort before."""
+        return bool(self._running[number].user_attrs.get("attempt", 0))
 
     def place(self, numbers: Iterable[int], device: str) -> None:
         """Record where trials run."""
@@ -242,8 +261,8 @@ class TrialBook:
             _mark_infeasible(self._study, trial)
         is_complete = outcome.state is TrialState.COMPLETE
         value = epochs[-1].objective_value(self._spec.study.objective) if is_complete else None
-        if outcome.reason in {Reason.WORKER_LOST, Reason.INTERRUPTED}:
-            self._queue_again(self._find(number), is_suspect=outcome.reason is Reason.WORKER_LOST)
+        if outcome.reason in {Reason.WORKER_LOST, Reason.COHORT_LOST, Reason.INTERRUPTED}:
+            self._queue_again(self._find(number), is_suspect=outcome.reason is not Reason.INTERRUPTED)
         self._study.tell(trial, value, state=OptunaState[outcome.state.name])
         self._count(number, outcome.state, value)
         return value

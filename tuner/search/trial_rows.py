@@ -17,6 +17,7 @@ from sqlalchemy.dialects import sqlite
 from tuner.errors import StorageError
 
 _TRIALS = models.TrialModel.__table__
+_STUDIES = models.StudyModel.__table__
 _PARAMS = models.TrialParamModel.__table__
 _VALUES = models.TrialValueModel.__table__
 _INTERMEDIATE_VALUES = models.TrialIntermediateValueModel.__table__
@@ -30,6 +31,9 @@ _KEYS = {
     _SYSTEM_ATTRS: "key",
 }
 """The column that tells the rows of one trial apart."""
+
+
+_DELETED = "storage: a study that runs must stay in its database, but another program deleted it or its trials"
 
 
 def _upsert(table: sqlalchemy.Table, key: str) -> sqlite.Insert:
@@ -89,11 +93,12 @@ class TrialRows:
 
         Raises:
             sqlalchemy.exc.SQLAlchemyError: If the database cannot be written.
-            StorageError: If another program added trials to the study.
+            StorageError: If another program deleted the study, or added trials to it.
         """
         if not self._trials and not any(self._parts.values()):
             return
         with engine.begin() as connection:
+            self._check_study(connection)
             trial_ids = self._trial_ids | self._write_trials(connection)
             for table, rows in self._parts.items():
                 if rows:
@@ -110,8 +115,8 @@ class TrialRows:
             for number, row in self._trials.items()
             if number in self._trial_ids
         ]
-        if known:
-            connection.execute(_UPDATE, known)
+        if known and connection.execute(_UPDATE, known).rowcount != len(known):
+            raise StorageError(_DELETED)
         # In the order of their numbers, which Optuna takes to be the order of the ids.
         new = [
             {"study_id": self._study_id, "number": number, **row}
@@ -122,6 +127,11 @@ class TrialRows:
             return {}
         connection.execute(sqlalchemy.insert(_TRIALS), new)
         return self._read_new_ids(connection, n_new=len(new))
+
+    def _check_study(self, connection: sqlalchemy.Connection) -> None:
+        query = sqlalchemy.select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == self._study_id)
+        if connection.execute(query).first() is None:
+            raise StorageError(_DELETED)
 
     def _read_new_ids(self, connection: sqlalchemy.Connection, *, n_new: int) -> dict[int, int]:
         last_known = max(self._trial_ids.values(), default=0)

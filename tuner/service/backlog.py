@@ -1,5 +1,6 @@
 """Trials that were asked and wait for a worker: heads that can be trained together, and the others."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from tuner.trial import TrialParams
@@ -33,19 +34,27 @@ class Backlog:
         """Whether asking further ahead would only make the sampler's knowledge older."""
         return bool(self._others) or len(self._heads) >= self._max_ahead
 
-    def add(self, number: int, params: TrialParams) -> None:
-        """Put an asked trial where it belongs."""
+    def add(self, number: int, params: TrialParams, *, is_suspect: bool = False) -> None:
+        """Put an asked trial where it belongs; a suspect one trains by itself, so that it can harm no other."""
         may_use_features = (
             params.unfrozen_layers == _HEAD_ALONE
             and params.shows_known_images
             and params.backbone not in self._uncached
+            and not is_suspect
         )
         (self._heads if may_use_features else self._others)[number] = params
 
-    def take(self, max_cohort: int) -> Batch | None:
-        """Return what is trained next: heads first, since they take seconds and the sampler learns from them."""
+    def take(self, max_cohort: int, busy_backbones: Collection[str] = ()) -> Batch | None:
+        """Return what is trained next: heads first, since they take seconds and the sampler learns from them.
+
+        Args:
+            max_cohort: Most trials of a cohort.
+            busy_backbones: Whose heads other workers train now; others go first, since two workers would wait for
+                one to compute the features that both need.
+        """
         if self._heads:
-            key = _share(next(iter(self._heads.values())))
+            free = (params for params in self._heads.values() if params.backbone not in busy_backbones)
+            key = _share(next(free, next(iter(self._heads.values()))))
             numbers = [number for number, params in self._heads.items() if _share(params) == key][:max_cohort]
             return Batch(members=tuple((number, self._heads.pop(number)) for number in numbers), uses_features=True)
         if self._others:

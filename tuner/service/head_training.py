@@ -44,23 +44,24 @@ class HeadTraining:
         cohort = _Cohort(members)
         try:
             self._run(cohort)
-        except NotCacheable as error:
-            reason, outcome, is_lasting = str(error), None, True
         except Exception as error:  # noqa: BLE001 - a user's backbone may raise anything, and the search goes on
-            reason, outcome, is_lasting = first_line(error), blame(error), False
+            reason, is_lasting, outcome = first_line(error), isinstance(error, NotCacheable), cohort.blame(error)
         else:
             return
-        # Out of the except block: its traceback held on to the cohort's tensors.
+        self.release_memory()  # out of the except block: its traceback held on to the cohort's tensors
+        if cohort.n_epochs > 0:
+            self._end(cohort, tuple(cohort.running), outcome)
+            return
+        numbers = tuple(cohort.number(index) for index in cohort.running)
+        backbone = members[0][1].backbone
+        self._coordinator.send(GivenBack(numbers=numbers, backbone=backbone, reason=reason, is_lasting=is_lasting))
+
+    def release_memory(self) -> None:
+        """Forget features and model, for what needs the device's memory next; the cache still holds what it kept."""
         self._banks.release_memory()
         gc.collect()
         if self._bench.device.type == "cuda":
             torch.cuda.empty_cache()
-        if cohort.n_epochs > 0 and outcome is not None:
-            self._end(cohort, tuple(cohort.running), outcome)
-        else:
-            numbers = tuple(cohort.number(index) for index in cohort.running)
-            backbone = members[0][1].backbone
-            self._coordinator.send(GivenBack(numbers=numbers, backbone=backbone, reason=reason, is_lasting=is_lasting))
 
     def _run(self, cohort: "_Cohort") -> None:
         """Train the cohort epoch by epoch until all its trials have ended."""
@@ -123,9 +124,13 @@ class HeadTraining:
 
     def _keep_model(self, cohort: "_Cohort", index: int, epoch: CohortEpoch, verdict: Verdict) -> bool:
         params = cohort.recipes[index]
-        model = self._bench.make_model(params)
-        put_head(model, *epoch.heads[index])
-        return self._bench.keep_model(model, params, verdict)
+        try:
+            model = self._bench.make_model(params)
+            put_head(model, *epoch.heads[index])
+            return self._bench.keep_model(model, params, verdict)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it costs the folder, not the trial
+            self._bench.note(f"the model of the best trial could not be kept: {first_line(error)}")
+            return False
 
     def _end(self, cohort: "_Cohort", indices: tuple[int, ...], outcome: TrialOutcome, *, kept: bool = False) -> None:
         for index in indices:
@@ -150,6 +155,12 @@ class _Cohort:
     def number(self, index: int) -> int:
         """Return the number of the trial at a position."""
         return self._numbers[index]
+
+    def blame(self, error: Exception) -> TrialOutcome:
+        """Return the outcome for trials that an error ended together: only one that was alone is to blame for it."""
+        if len(self.recipes) == 1 and not isinstance(error, NotCacheable):
+            return blame(error)
+        return TrialOutcome(state=TrialState.FAIL, reason=Reason.COHORT_LOST, message=blame(error).message)
 
     def count_opened(self, bank: FeatureBank) -> None:
         """Count what features took that were not there."""

@@ -22,6 +22,8 @@ class Plan:
 
     name: str
     n_trials: int
+    n_screen: int
+    """Trials of the screen, which count apart; fewer where the space has fewer points."""
     epochs: int
     sampler: str
     pruner: str
@@ -36,7 +38,7 @@ class Plan:
     store_bytes: int
     free_bytes: int
     estimated_seconds: float | None
-    """Of all trials without pruning, with every layer trained; None on CUDA, which is not timed."""
+    """Of all trials but the screen's, without pruning, with every layer trained; None on CUDA, which is not timed."""
     notes: tuple[str, ...]
     n_stored: int | None
     """Trials that the storage already holds of this study and that count; None for a new study."""
@@ -65,6 +67,7 @@ def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | N
     return Plan(
         name=spec.study.name,
         n_trials=spec.search.n_trials,
+        n_screen=spec.search.screen * len(spec.backbone_names()),
         epochs=spec.training.epochs,
         sampler=spec.search.sampler,
         pruner=spec.search.pruner,
@@ -95,8 +98,10 @@ def _estimate_seconds(spec: StudySpec, description: Description, slots: tuple[Sl
 def describe_plan(plan: Plan) -> str:
     """Return a plan for a person."""
     splits = ", ".join(f"{count} {split}" for split, count in plan.split_counts.items())
+    trials = f"{plan.n_trials} trials of {plan.epochs} epochs"
+    trials += f", after at most {plan.n_screen} head trials of the screen" if plan.n_screen else ""
     lines = [
-        f"study {plan.name}: {plan.n_trials} trials of {plan.epochs} epochs; {plan.sampler} and {plan.pruner} pruner",
+        f"study {plan.name}: {trials}; {plan.sampler} and {plan.pruner} pruner",
         f"images: {sum(plan.split_counts.values())} in {len(plan.classes)} classes ({splits})",
         "space:",
         *(f"  {name}: {text}" for name, text in plan.space.items()),

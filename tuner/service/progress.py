@@ -254,8 +254,7 @@ class LiveDisplay:
             case EpochReported(worker=worker):
                 recipe = str(self._rows.get(worker, "")).partition("  epoch ")[0]
                 self._rows[worker] = f"{recipe}  epoch {event.epoch}/{event.n_epochs}  {event.value:.4f}"
-            case TrialFinished(worker=worker):
-                self._rows[worker] = ""
+            case TrialFinished():
                 if event.outcome.state is TrialState.FAIL:
                     end = describe_end(event.outcome, event.value)
                     self._console.print(Text(f"trial {event.number}: {end}"))

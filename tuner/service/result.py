@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
 
-from tuner.search.screening import is_screen, measure_agreement
+from tuner.search.screening import Agreement, describe_agreement, is_screen, measure_agreement
 from tuner.search.studies import StoredStudy, count_states, count_wanted, find_best
 from tuner.search.trial_attrs import PARAMS_ATTR, count_reasons
 from tuner.service.kept_models import model_folder
@@ -50,8 +50,8 @@ class StudyStatus:
     """Where the best trial's model lies, if it was kept."""
     n_screen: int
     """Finished trials of the screen, which count apart."""
-    screen_agreement: float | None
-    """Spearman's correlation of the backbones' order by their heads with that after deeper training."""
+    screen_agreement: Agreement | None
+    """How the backbones' order by their heads agrees with that after deeper training; None: too few to say."""
     saved_seconds: float
     """What training on kept features saved of the frozen backbones' work, over all trials."""
     stopped_by: StoppedBy = "done"
@@ -71,7 +71,6 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
     best = find_best(stored.study)
     folder = model_folder(url, stored.name, best.number) if best else None
     trials = stored.study.get_trials(deepcopy=False)
-    agreement = measure_agreement(trials, stored.study.direction)
     return StudyStatus(
         name=stored.name,
         storage=url,
@@ -82,7 +81,7 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
         best=_describe_best(best) if best else None,
         model_folder=str(folder) if folder and folder.is_dir() else None,
         n_screen=sum(is_screen(trial) and trial.state.is_finished() for trial in trials),
-        screen_agreement=agreement.spearman if agreement else None,
+        screen_agreement=measure_agreement(trials, stored.study.direction),
         saved_seconds=sum(trial.user_attrs.get("saved_seconds", 0.0) for trial in trials),
         stopped_by=stopped_by,
     )
@@ -114,7 +113,9 @@ def describe_status(status: StudyStatus) -> str:
         + (f", {counts['WAITING']} queued" if counts["WAITING"] else "")
     ]
     if status.n_screen:
-        lines.append(f"screen: {status.n_screen} head trials{_describe_agreement(status.screen_agreement)}")
+        lines.append(f"screen: {status.n_screen} head trials besides")
+    if status.screen_agreement:
+        lines.append(describe_agreement(status.screen_agreement))
     if status.saved_seconds >= 1:
         lines.append(f"kept features saved {format_seconds(status.saved_seconds)} of the backbones' work")
     if status.best is None:
@@ -125,12 +126,6 @@ def describe_status(status: StudyStatus) -> str:
     if status.model_folder:
         lines.append(f"its model: {status.model_folder}")
     return "\n".join(lines)
-
-
-def _describe_agreement(agreement: float | None) -> str:
-    if agreement is None:
-        return ""
-    return f"; their order of the backbones agrees with that after deeper training with Spearman's rho {agreement:+.2f}"
 
 
 def _list_reasons(reasons: dict[str, int], state: str) -> str:

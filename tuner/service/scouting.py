@@ -92,7 +92,8 @@ class _Scouting:
     def _start_workers(self, hello: Hello) -> None:
         """Start the workers that will train as soon as the devices are known."""
         slots = list_slots(self._spec.workers, hello.cuda_devices, n_workers=self._n_workers)
-        self.slots = slots[: self._spec.search.n_trials]
+        n_screen = self._spec.search.screen * len(self._spec.backbone_names())
+        self.slots = slots[: self._spec.search.n_trials + n_screen]
         first = 1 if slots[0].device == "cpu" else 0  # the scout takes the first slot of the CPU
         for slot in self.slots[first:] if self._starts_workers else ():
             start_worker(self._pool, self._spec, slot)

@@ -1,13 +1,11 @@
 """The loop of a run: give work to idle workers, listen, report, prune, tell."""
 
-import time
 from collections import deque
 from dataclasses import dataclass
 
 from tuner.errors import SearchError
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
-from tuner.service.backlog import Backlog
 from tuner.service.kept_models import model_folder, remove_halves, remove_models
 from tuner.service.messages import (
     EpochDone,
@@ -38,12 +36,11 @@ from tuner.service.progress import (
 from tuner.service.result import StoppedBy, StudyStatus, read_status
 from tuner.service.scouting import TICK_SECONDS, Scouted, explain_loss, start_worker
 from tuner.service.signals import StopSignals
+from tuner.service.supply import Supply
 from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
 
 MAX_FAILS_IN_A_ROW = 5
 _MAX_IDLE_LOSSES = 3
-_MAX_SCREEN_COHORT = 64
-"""No proposal depends on what a screen shows until its end, so that only memory bounds its cohorts."""
 _INTERRUPTED = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the run was stopped")
 
 
@@ -71,8 +68,7 @@ class SearchLoop:
         self._stored, self._spec, self._url = stored, stored.spec, url
         self._pool, self._display, self._signals = pool, display, signals
         self._book = TrialBook(stored)
-        self._max_cohort = max(4, self._spec.search.n_trials // 8)
-        self._backlog = Backlog(self._max_cohort)
+        self._supply = Supply(self._book, n_trials=self._spec.search.n_trials, deadline=deadline)
         self._data_hash = scouted.description.data_hash
         self._ready = set(scouted.ready)
         self._jobs = deque(
@@ -85,7 +81,6 @@ class SearchLoop:
         self._n_fails = 0
         self._last_fail = ""
         self._n_idle_losses = 0
-        self._deadline = deadline
 
     def run(self) -> StudyStatus:
         """Run to the end and return the study's status.
@@ -98,7 +93,7 @@ class SearchLoop:
         remove_halves(self._url, self._spec.study.name)
         self._remove_old_models()
         self._best = self._book.best
-        self._display.show(Counted(n_done=self._book.count_finished(), n_trials=self._n_wanted()))
+        self._display.show(Counted(n_done=self._book.count_finished(), n_trials=self._supply.n_wanted))
         try:
             while self._dispatch():
                 self._listen()
@@ -110,7 +105,7 @@ class SearchLoop:
 
     def _conclude(self) -> StudyStatus:
         stopped_by: StoppedBy = self._signals.received or (
-            "timeout" if self._is_late() and self._n_missing() > 0 else "done"
+            "timeout" if self._supply.is_late and self._supply.n_missing > 0 else "done"
         )
         status = read_status(self._stored, self._url, stopped_by=stopped_by)
         if status.best is None and stopped_by == "done":
@@ -122,19 +117,6 @@ class SearchLoop:
 
     # --- give work ---
 
-    def _n_wanted(self) -> int:
-        return min(self._spec.search.n_trials, self._book.max_trials)
-
-    def _n_missing(self) -> int:
-        return self._n_wanted() - self._book.count_finished()
-
-    def _n_startable(self) -> int:
-        """Return how many more trials may be asked for."""
-        return 0 if self._is_late() else self._n_missing() - self._book.count_running()
-
-    def _is_late(self) -> bool:
-        return time.monotonic() >= self._deadline
-
     def _dispatch(self) -> bool:
         """Give work to idle workers; return whether there is anything to wait for."""
         if self._signals.received:
@@ -144,18 +126,17 @@ class SearchLoop:
             for number, worker in self._pool.workers.items()
             if number in self._ready and number not in self._busy
         ]
-        if self._is_late():
+        if self._supply.is_late:
             self._jobs.clear()
         if self._jobs or any(isinstance(job, Prepare) for job in self._busy.values()):
             self._prepare(idle)
             return True
         for worker in idle:
-            if self._is_late() or not self._start_trials(worker):
+            if not self._start_trials(worker):
                 break
         self._settle()
         # With all workers busy starting up there is something to wait for although nothing is busy yet.
-        may_start = (self._n_startable() > 0 and not self._book.is_exhausted) or len(self._backlog) > 0
-        return bool(self._busy) or (may_start and not self._is_late())
+        return bool(self._busy) or not self._supply.is_dry
 
     def _prepare(self, idle: list[Worker]) -> None:
         """Prepare the images first, then the backbones side by side."""
@@ -171,8 +152,7 @@ class SearchLoop:
 
     def _start_trials(self, worker: Worker) -> bool:
         """Start a trial or a cohort; return whether there was one."""
-        self._ask_ahead()
-        batch = self._backlog.take(_MAX_SCREEN_COHORT if self._book.is_screening else self._max_cohort)
+        batch = self._supply.take(self._list_busy_backbones())
         if batch is None:
             return False
         members = dict(batch.members)
@@ -183,16 +163,9 @@ class SearchLoop:
         self._display.show(started)
         return True
 
-    def _ask_ahead(self) -> None:
-        """Ask for trials until a worker has something to do, and a cohort may have come together."""
-        while self._book.has_queued_screen or not self._backlog.is_sated:
-            # What the screen shows is to guide the search: until it ends only its own trials are asked for.
-            if not self._book.has_queued_screen and (self._book.is_screening or self._n_startable() <= 0):
-                return
-            asked = self._book.ask()
-            if asked is None:
-                return
-            self._backlog.add(*asked)
+    def _list_busy_backbones(self) -> set[str]:
+        trainings = (job for job in self._busy.values() if isinstance(job, _Training))
+        return {params.backbone for job in trainings for params in job.members.values()}
 
     # --- listen ---
 
@@ -248,12 +221,14 @@ class SearchLoop:
         return Verdict(keep=number, folder=str(folder), provenance=provenance)
 
     def _finish(self, worker: Worker, done: TrialDone) -> None:
-        """Tell a trial that ended by itself, by the pruner or by an error of its own."""
-        self._release(worker, (done.number,))
+        """Tell a trial that ended by itself, by the pruner or by an error."""
+        is_screen = self._book.is_screen(done.number)
         value = self._book.tell(done.number, done.outcome, done.usage)
         self._announce(worker, done.number, done.outcome, value)
+        self._release(worker, (done.number,))
         self._has_kept = self._has_kept or done.kept
-        self._count_fail(done.outcome)
+        if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
+            self._count_fail(done.outcome)
 
     def _release(self, worker: Worker, numbers: tuple[int, ...]) -> tuple[tuple[int, TrialParams], ...]:
         """Take trials from a worker, which is idle after its last; return their numbers and recipes."""
@@ -262,18 +237,22 @@ class SearchLoop:
         members = tuple((number, job.members.pop(number)) for number in numbers)
         if not job.members:
             del self._busy[worker.number]
+            self._events.append(ActivityChanged(worker=worker.number, text=""))
         return members
 
     def _take_back(self, worker: Worker, reply: GivenBack) -> None:
         members = self._release(worker, reply.numbers)
-        self._backlog.give_back(members, uncached_backbone=reply.backbone if reply.is_lasting else None)
+        self._supply.take_back(members, is_lasting=reply.is_lasting)
         self._events.append(Noted(text=f"{reply.backbone}: its heads train on images, not on features: {reply.reason}"))
 
     def _announce(self, worker: Worker, number: int, outcome: TrialOutcome, value: float | None) -> None:
-        self._events.append(Counted(n_done=self._book.count_finished(), n_trials=self._n_wanted()))
+        self._events.append(Counted(n_done=self._book.count_finished(), n_trials=self._supply.n_wanted))
         self._events.append(TrialFinished(worker=worker.number, number=number, outcome=outcome, value=value))
 
     def _count_fail(self, outcome: TrialOutcome) -> None:
+        """Count trials that fail in a row; those that a cohort's error ended are tried again by themselves first."""
+        if outcome.reason is Reason.COHORT_LOST:
+            return
         self._n_fails = self._n_fails + 1 if outcome.state is TrialState.FAIL else 0
         self._last_fail = outcome.message
 

@@ -15,6 +15,7 @@ from tuner.models.weights import load_weights
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import EpochDone, Progress, Reply, Train, TrialDone, Verdict
 from tuner.service.outcomes import blame
+from tuner.service.slots import usable_cores
 from tuner.service.workbench import Workbench
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.pretrain import pretrain_backbone
@@ -79,7 +80,7 @@ class TrainingSession:
                 search_rows(self._data.splits),
                 self._spec.data,
                 interpolation=interpolation,
-                n_threads=self._bench.n_threads,
+                n_threads=usable_cores(),  # the other workers wait for it
                 on_progress=self._report_progress("decoding images"),
             )
         if store.bad:
@@ -114,6 +115,8 @@ class TrainingSession:
         if request.uses_features:
             self._heads.train(request.members)
             return
+        if self._bench.device.type == "cuda":
+            self._heads.release_memory()  # a whole model needs the device's memory more
         for number, params in request.members:
             self._coordinator.send(self._train_alone(number, params))
 

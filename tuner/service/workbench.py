@@ -8,6 +8,7 @@ from torch import nn
 
 from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import Split
+from tuner.data.locks import locked
 from tuner.errors import DeviceError, ExportError
 from tuner.models.backbone import Preprocessing, read_preprocessing
 from tuner.service.messages import Verdict
@@ -15,7 +16,7 @@ from tuner.service.study_data import StudyData
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.package import Manifest, write_package
 from tuner.training.prepare import WeightsCache, prepare_model
-from tuner.training.pretrain import find_pretrained
+from tuner.training.pretrain import find_pretrained, pretrain_backbone
 from tuner.trial import TrialParams
 
 
@@ -29,7 +30,7 @@ class Workbench:
         self.device = _take_device(device)
         self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
         self._weights = WeightsCache()
-        self._pretrained: dict[str, Path | None] = {}
+        self._pretrained: dict[str, Path] = {}
 
     def section(self, backbone: str) -> BackboneSection:
         """Return what the study file says of a backbone."""
@@ -62,10 +63,16 @@ class Workbench:
         return prepare_model(params, self.spec, len(self.data.index.classes), pretrained, self._weights)
 
     def _find_pretrained(self, backbone: str) -> Path | None:
+        if self.spec.pretraining is None:
+            return None
         if backbone not in self._pretrained:
-            path = find_pretrained(backbone, self.spec)[0] if self.spec.pretraining else None
-            self._pretrained[backbone] = path
-        return self._pretrained[backbone]
+            self._pretrained[backbone] = find_pretrained(backbone, self.spec)[0]
+        path = self._pretrained[backbone]
+        if not path.is_file() and self._weights.get_state(str(path)) is None:  # somebody has cleared the cache
+            self.note(f"the pretrained weights of {backbone} have gone from the cache; it is pretrained again")
+            with locked(path):  # by one worker, while the others wait
+                pretrain_backbone(backbone, self.spec, self.device)
+        return path
 
     def keep_model(self, model: nn.Module, params: TrialParams, verdict: Verdict) -> bool:
         """Write the model folder that a verdict asks for; a full disk costs the folder, not the trial."""

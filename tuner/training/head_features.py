@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,6 +113,25 @@ def compute_features(
     return out
 
 
+def sample_features(
+    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, view: View | None = None
+) -> Tensor:
+    """Return the features of the first eight images, as ``compute_features`` does."""
+    few = slice(_N_TRIED)
+    sample = replace(images, pixels=images.pixels[few], labels=images.labels[few], rows=images.rows[few])
+    return compute_features(model, sample, preprocessing, device, view=view)
+
+
+def agree(found: Tensor, expected: Tensor, device: torch.device) -> bool:
+    """Whether two tensors are the same but for what rounding on a device may change; shapes do not matter."""
+    if found.numel() != expected.numel():
+        return False
+    dtype = torch.bfloat16 if device.type == "cuda" and expected.dtype != torch.float64 else expected.dtype
+    difference = (found.flatten().to(expected.dtype) - expected.flatten()).abs().max()
+    # False for NaN too.
+    return bool(difference <= _TOLERANCES[dtype] * expected.abs().max())
+
+
 def _show(view: View, pixels: Tensor, rows: Tensor) -> Tensor:
     draws = draw_view(view.seed, rows, view=view.number, strength=view.strength)
     return augment(pixels, draws, strength=view.strength, horizontal_flip=view.horizontal_flip)
@@ -152,12 +172,14 @@ def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing
         device: Where to compute.
 
     Raises:
-        NotCacheable: If the logits are not those of the head on its features, in eval and in train mode; if something
-            below the head is random or batch-dependent in train mode; or if an image's features depend on its batch.
+        NotCacheable: If the head's weight and bias are not exactly what trains; if the logits are not those of the
+            head on its features, in eval and in train mode; if something below the head is random or batch-dependent
+            in train mode; or if an image's features depend on its batch.
     """
     head = find_linear_head(model)
     model.to(device).to(memory_format=MEMORY_FORMAT)
     freeze_layers(model, 1)
+    _check_trained(model, head)
     normalise = build_normaliser(preprocessing, device, find_dtype(model))
     rows = torch.arange(min(_N_TRIED, len(images.labels)), device=images.labels.device)
     inputs = normalise(take_batch(images, rows, device, find_dtype(model))[0])
@@ -170,6 +192,18 @@ def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing
             model.train(mode == "train")
             _check_mode(model, head, inputs, features, mode)
     model.eval()
+
+
+def _check_trained(model: nn.Module, head: Head) -> None:
+    """Check that the head's two parameters train, nowhere else in the model, and nothing besides."""
+    owners = [
+        module
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    if owners != [head, head]:
+        raise NotCacheable("its classifier's weight or bias is fixed, or shared with another layer")
 
 
 def _check_mode(model: nn.Module, head: Head, inputs: Tensor, features: Tensor, mode: str) -> None:
@@ -192,12 +226,7 @@ def _check_dropout(model: nn.Module) -> None:
 
 
 def _check_same(found: object, expected: Tensor, device: torch.device, reason: str) -> None:
-    if not isinstance(found, Tensor) or found.numel() != expected.numel():
-        raise NotCacheable(reason)
-    dtype = torch.bfloat16 if device.type == "cuda" and expected.dtype != torch.float64 else expected.dtype
-    difference = (found.flatten().to(expected.dtype) - expected.flatten()).abs().max()
-    # Not ``>``: NaN must be refused too.
-    if not difference <= _TOLERANCES[dtype] * expected.abs().max():
+    if not isinstance(found, Tensor) or not agree(found, expected, device):
         raise NotCacheable(reason)
 
 

@@ -171,6 +171,33 @@ def test_open_bank_computes_into_memory_over_budget(cache: Path, monkeypatch: py
     assert open_counted(Counter(3)).was_there
 
 
+def test_open_bank_refuses_what_fits_neither_the_cache_nor_the_memory() -> None:
+    """It says so before it asks the system for memory, and before anything is computed."""
+    counter = Counter()
+    with pytest.raises(MemoryError, match=r"^features of 40000\.0 GB fit neither the cache nor the memory$"):
+        open_counted(counter, n_images=10**12, width=10)
+    assert counter.n_calls == 0
+
+
+def test_open_bank_rebuilds_what_is_not_accepted(cache: Path) -> None:
+    """Only features that were there are asked about, never those that were computed just now."""
+    asked: list[float] = []
+
+    def accept(features: NDArray[np.float32]) -> bool:
+        asked.append(float(features[0, 0]))
+        return asked[-1] != 1.5
+
+    first, second = Counter(), Counter(2)
+    assert not open_bank(KEY, shape=(6, 4), fill=first.fill, accept=accept).was_there
+    assert asked == []
+    for was_there in (False, True):
+        bank = open_bank(KEY, shape=(6, 4), fill=second.fill, accept=accept)
+        assert (bank.was_there, bank.is_kept) == (was_there, True)
+        assert (bank.features == 2).all()
+    assert second.n_calls == 1
+    assert set(asked) == {1.5, 2.0}
+
+
 def test_open_bank_evicts_older_banks(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank that fits the budget takes the place of the least recently used one that nobody has open."""
     monkeypatch.setenv("TUNER_CACHE_GB", "0.00001")

@@ -13,7 +13,8 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 
-from tuner.search.pruners import PRUNERS, make_pruner
+from tuner.search.pruners import PRUNERS, make_pruner, make_screened_pruner
+from tuner.search.screening import SCREEN_ATTR
 from tuner.spec.sections import SearchSection
 
 EPOCHS = 10
@@ -81,3 +82,50 @@ def test_pruner_waits_for_trials_to_compare_with(name: str) -> None:
     """Four completed trials are too few for median and percentile."""
     assert find_pruned_epoch(name, good=0.9, bad=0.1, n_before=4) is None
     assert find_pruned_epoch(name, good=0.9, bad=0.1, n_before=5) is not None
+
+
+# --- beside a screen ---
+
+
+def make_screened_study(pruner: BasePruner) -> optuna.Study:
+    """Return a study of eight heads of the screen, flat and high, and of one deeper trial that rises."""
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    for number in range(8):
+        study.enqueue_trial({}, user_attrs={SCREEN_ATTR: {"backbone": "a", "number": number}})
+        trial = study.ask()
+        for epoch in range(1, 11):
+            trial.report(0.9, epoch)
+        study.tell(trial, 0.9)
+    return study
+
+
+@pytest.mark.parametrize("name", ["median", "percentile"])
+def test_screened_pruner_spares_a_deeper_trial_that_begins_below_the_heads(name: str) -> None:
+    """Without it the first deeper trial would be pruned at once, and no deeper trial could ever complete."""
+    pruned = []
+    for make in (make_pruner, make_screened_pruner):
+        trial = make_screened_study(make(name, epochs=10)).ask()
+        for epoch in range(1, 6):
+            trial.report(0.1 * epoch, epoch)
+        pruned.append(trial.should_prune())
+    assert pruned == [True, False]
+
+
+def test_screened_pruner_still_compares_deeper_trials() -> None:
+    """It is blind to the screen alone."""
+    study = make_screened_study(make_screened_pruner("median", epochs=10))
+    for value in (0.7, 0.72, 0.74, 0.76, 0.78):
+        trial = study.ask()
+        for epoch in range(1, 11):
+            trial.report(value, epoch)
+        study.tell(trial, value)
+    bad = study.ask()
+    for epoch in range(1, 6):
+        bad.report(0.2, epoch)
+    assert bad.should_prune()
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband", "none"])
+def test_screened_pruner_leaves_pruners_of_rungs_as_they_are(name: str) -> None:
+    """A trial that is never asked about takes no rung."""
+    assert type(make_screened_pruner(name, epochs=10)) is type(make_pruner(name, epochs=10))

@@ -23,7 +23,6 @@ from tuner.search.screening import (
     find_missing,
     is_counted,
     is_screen,
-    is_screening,
     list_screen_points,
     measure_agreement,
     rank_backbones,
@@ -224,16 +223,6 @@ def test_screen_trials_count_apart() -> None:
     assert [key for key, value in counted.items() if value] == [("COMPLETE", False), ("PRUNED", False)]
 
 
-def test_is_screening_until_every_screen_trial_ended() -> None:
-    """Waiting and running ones are ahead; other trials do not matter."""
-    done = [make_trial("a", 0.5), make_trial("b", state=OptunaState.FAIL)]
-    other = make_trial("a", state=OptunaState.RUNNING, screen=False)
-    assert is_screen(done[0])
-    assert not is_screening([*done, other])
-    assert is_screening([*done, make_trial("b", state=OptunaState.WAITING)])
-    assert is_screening([*done, make_trial("b", state=OptunaState.RUNNING)])
-
-
 # --- ranks ---
 
 CROSSING = [
@@ -297,7 +286,7 @@ def test_choose_deeper_keeps_half_of_many_backbones() -> None:
     spec, distributions = make_screened(space)
     trials = [
         create_trial(value=0.1 * place, params=each.point, distributions=distributions, user_attrs=each.attrs)
-        for place, each in enumerate(list_screen_points(spec, distributions)[::8])
+        for place, each in enumerate(list_screen_points(spec, distributions)[:8])
     ]
     points = choose_deeper(trials, MAXIMIZE, spec, distributions)
     assert [each.point["backbone"] for each in points] == ["h", "h", "g", "f", "e"]
@@ -437,3 +426,12 @@ def test_screen_points_are_taken_by_optuna_as_they_are() -> None:
     assert trial.params == queued.point
     assert is_screen(study.trials[0])
     assert isinstance(distributions["backbone"], CategoricalDistribution)
+
+
+def test_list_screen_points_takes_the_backbones_in_turn() -> None:
+    """One that is broken must not keep the others from being seen."""
+    spec, distributions = make_screened()
+    names = [each.point["backbone"] for each in list_screen_points(spec, distributions)]
+    n_backbones = len(spec.backbone_names())
+    assert names[:n_backbones] == list(spec.backbone_names())
+    assert names == names[:n_backbones] * (len(names) // n_backbones)

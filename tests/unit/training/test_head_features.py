@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.image_set import ImageSet
+from tuner.data.views import View
 from tuner.training.head_features import (
     NotCacheable,
+    agree,
     compute_features,
     find_linear_head,
     hash_body,
     put_head,
+    sample_features,
     verify_head,
 )
 
@@ -45,6 +48,26 @@ class MiddleNet(TinyNet):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
         logits: Tensor = self.after(self.fc(self.between(self.middle(self.stem(images)))))
+        return logits
+
+
+class TiedNet(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self, *, is_head_first: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {name: nn.Linear(192, 192) for name in sorted(("body", "head"), reverse=is_head_first)}
+        )
+        self.layers["body"].weight = self.layers["head"].weight
+
+    def get_classifier(self) -> nn.Module:
+        """Return the upper one."""
+        return self.layers["head"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.layers["head"](self.layers["body"](images.flatten(1)))
         return logits
 
 
@@ -88,6 +111,31 @@ def test_compute_features_fills_what_it_is_given() -> None:
 def test_compute_features_of_a_double_model_are_double() -> None:
     """Nothing is rounded on the way."""
     assert compute_features(make_net().double(), make_images(), PREPROCESSING, CPU).dtype == torch.float64
+
+
+@pytest.mark.parametrize("view", [None, View(number=1, seed=3, strength=0.5, horizontal_flip=True)])
+def test_sample_features_are_those_of_the_first_images(view: View | None) -> None:
+    """Eight, in the same view, and of so few images all."""
+    images = make_images()
+    features = compute_features(make_net(), images, PREPROCESSING, CPU, view=view)
+    sample = sample_features(make_net(), images, PREPROCESSING, CPU, view=view)
+    torch.testing.assert_close(sample, features[:8])
+    assert len(sample_features(make_net(), make_images(3), PREPROCESSING, CPU)) == 3
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([1.0, 1000.0], True),
+        ([1.05, 1000.0], True),
+        ([1.2, 1000.0], False),
+        ([torch.nan, 1000.0], False),
+        ([1.0], False),
+    ],
+)
+def test_agree_allows_rounding_alone(found: list[float], expected: bool) -> None:
+    """Measured by the largest value; NaN and another size are never the same."""
+    assert agree(torch.tensor(found), torch.tensor([1.0, 1000.0]), CPU) is expected
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"])
@@ -146,6 +194,22 @@ def test_verify_head_refuses_logits_that_something_changes(mode: str) -> None:
     net = MiddleNet(after=Functional(lambda values, training: values * (2 if training is (mode == "train") else 1)))
     with pytest.raises(NotCacheable, match=rf"^its logits in {mode} mode are not those of its classifier alone$"):
         verify(net)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_verify_head_refuses_a_classifier_that_is_fixed(name: str) -> None:
+    """A cohort would train what the trial alone leaves as it is."""
+    net = make_net()
+    net.fc.get_parameter(name).requires_grad = False
+    with pytest.raises(NotCacheable, match=r"^its classifier's weight or bias is fixed, or shared with another layer$"):
+        verify(net)
+
+
+@pytest.mark.parametrize("is_head_first", [True, False])
+def test_verify_head_refuses_a_classifier_tied_to_the_body(*, is_head_first: bool) -> None:
+    """Its features would change as it trains; whichever of the two layers the model names first."""
+    with pytest.raises(NotCacheable, match=r"^its classifier's weight or bias is fixed, or shared with another layer$"):
+        verify(TiedNet(is_head_first=is_head_first))
 
 
 def test_find_linear_head_refuses_two_classifiers() -> None:
