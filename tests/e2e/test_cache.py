@@ -40,7 +40,7 @@ def test_cache_lists_what_it_holds(filled: Path, capsys: pytest.CaptureFixture[s
     date = r"\d{4}-\d\d-\d\d \d\d:\d\d UTC"
     assert re.fullmatch(rf"pixels +9\.\d kB +{date}  12 images of .*images, 16 px, squash, bilinear", pixels), pixels
     assert re.fullmatch(rf"features +200\.\d kB +{date}  net: 1000 images", features), features
-    assert re.fullmatch(rf"2\d\d\.\d kB of 50\.0 GB in {filled}/cache", total), total
+    assert re.fullmatch(rf"2\d\d\.\d kB in {filled}/cache; pixels and features may take 50\.0 GB", total), total
 
 
 def test_cache_prints_json(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,11 +55,11 @@ def test_cache_prints_json(filled: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_cache_clears_the_kinds_asked_for(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other kinds stay, and what was freed is said."""
-    assert "pixels" not in call(capsys, "--kind", "features")
+    assert "images, 16 px" not in call(capsys, "--kind", "features")
     assert re.fullmatch(r"freed 200\.\d kB\n", call(capsys, "--clear", "--yes", "--kind", "features"))
     assert "pixels" in call(capsys)
     assert json.loads(call(capsys, "--clear", "--yes", "--json"))["freed_bytes"] > 9000
-    assert call(capsys) == f"nothing: 0 bytes of 50.0 GB in {filled}/cache\n"
+    assert call(capsys) == f"nothing: 0 bytes in {filled}/cache; pixels and features may take 50.0 GB\n"
 
 
 def test_cache_asks_before_it_clears(
