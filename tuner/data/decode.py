@@ -35,7 +35,8 @@ def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: s
     # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the size leaves enough for a clean resize.
     image.draft(None, (2 * size, 2 * size))
     image.load()
-    image = to_rgb(ImageOps.exif_transpose(image))
+    ImageOps.exif_transpose(image, in_place=True)
+    image = to_rgb(image)
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
@@ -55,7 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_values(values: NDArray[np.float64]) -> Image.Image:
