@@ -1,14 +1,13 @@
 """Head-only trials in a worker: one pass of the frozen backbone serves them all, and their heads train as one."""
 
 import gc
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tuner.data.feature_store import FeatureBank
 from tuner.service.feature_banks import FeatureBanks
-from tuner.service.messages import EpochDone, GivenBack, Reply, TrialDone, Verdict
+from tuner.service.messages import Coordinator, EpochDone, GivenBack, TrialDone, Verdict
 from tuner.service.outcomes import blame, first_line
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort
@@ -20,16 +19,6 @@ from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState, Usage
 Members = tuple[tuple[int, TrialParams], ...]
 
 _STOPPED = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER)
-
-
-class Coordinator(Protocol):
-    """Who the trials are reported to."""
-
-    def send(self, reply: Reply) -> None:
-        """Send a reply."""
-
-    def ask_verdict(self, done: EpochDone) -> Verdict:
-        """Report an epoch and wait for what the trials are to do."""
 
 
 class HeadTraining:

@@ -4,7 +4,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tuner.trial import EpochResult, TrialOutcome, TrialParams, Usage
 
@@ -181,6 +181,17 @@ class Crashed:
 Request = Setup | Describe | Prepare | Train | Verdict
 Reply = Hello | Description | Note | Progress | Prepared | EpochDone | TrialDone | GivenBack | Refused | Crashed
 Message = Request | Reply
+
+
+class Coordinator(Protocol):
+    """Who a worker answers to."""
+
+    def send(self, reply: Reply) -> None:
+        """Send a reply."""
+
+    def ask_verdict(self, done: EpochDone) -> Verdict:
+        """Report an epoch and wait for what the trials are to do."""
+
 
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind

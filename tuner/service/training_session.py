@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable
 from time import monotonic
-from typing import Protocol
 
 import torch
 
@@ -13,7 +12,7 @@ from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
 from tuner.service.head_training import HeadTraining
-from tuner.service.messages import EpochDone, Progress, Reply, Train, TrialDone, Verdict
+from tuner.service.messages import Coordinator, EpochDone, Progress, Train, TrialDone
 from tuner.service.outcomes import blame
 from tuner.service.slots import usable_cores
 from tuner.service.workbench import Workbench
@@ -23,16 +22,6 @@ from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialSta
 
 _N_NAMED = 5
 _PROGRESS_SECONDS = 0.25
-
-
-class Coordinator(Protocol):
-    """Who the session answers to."""
-
-    def send(self, reply: Reply) -> None:
-        """Send a reply."""
-
-    def ask_verdict(self, done: EpochDone) -> Verdict:
-        """Report an epoch and wait for what the trials are to do."""
 
 
 class TrainingSession:
