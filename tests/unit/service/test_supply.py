@@ -119,15 +119,10 @@ def test_supply_trains_heads_on_images_once_their_backbone_cannot(
     supply, book = open_supply(tmp_path, n_trials=40, screen=1)
     backbone = ""
     for _ in range(n_given_back):
-        batch = take(supply)
+        while not (batch := take(supply)).uses_features or (backbone and batch.members[0][1].backbone != backbone):
+            complete(book, batch)
         backbone = batch.members[0][1].backbone
         supply.take_back(batch.members, is_lasting=is_lasting)
-        if n_given_back == 1:
-            break
-        while not (batch := take(supply)).uses_features or batch.members[0][1].backbone != backbone:
-            complete(book, batch)
-        supply.take_back(batch.members, is_lasting=is_lasting)
-        break
     for _ in range(20):
         batch = take(supply)
         assert not (batch.uses_features and batch.members[0][1].backbone == backbone)
