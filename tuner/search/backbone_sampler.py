@@ -6,15 +6,18 @@ apart, the good points soon are all of one backbone, and what is proposed for th
 of the optimum for both backbones in none with TPE, and in 19 with the sampler here.
 """
 
+import copy
 import math
 import warnings
+from collections.abc import Container
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import InMemoryStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from tuner.search.samplers import derive_seed, make_sampler
@@ -22,8 +25,6 @@ from tuner.search.samplers import derive_seed, make_sampler
 _LEARNT_FROM = (OptunaState.COMPLETE, OptunaState.PRUNED, OptunaState.RUNNING)
 _MIN_OWN_TRIALS = 4
 """Finished trials of a backbone before they are modelled by themselves."""
-_CONSTRAINTS_KEY = "constraints"
-"""How Optuna's names of what makes a point infeasible begin."""
 
 
 def make_screened_sampler(name: str, *, study_seed: int, n_stored: int) -> BaseSampler:
@@ -52,6 +53,32 @@ def _count_good(n_trials: int) -> int:
     Optuna's tenth is one or two of a backbone's trials, which say little: 15 of the 20 searches above, instead of 19.
     """
     return math.ceil(0.25 * n_trials)
+
+
+class _Showing(InMemoryStorage):
+    """A storage whose study shows given trials. Adding them to a study copies each at every proposal."""
+
+    def __init__(self, shown: list[FrozenTrial]) -> None:
+        super().__init__()
+        self._shown = shown
+
+    def get_all_trials(
+        self,
+        study_id: int,  # noqa: ARG002 - Optuna's signature, as the next
+        deepcopy: bool = True,  # noqa: ARG002
+        states: Container[OptunaState] | None = None,
+    ) -> list[FrozenTrial]:
+        """Return those of the given trials that are in one of the states."""
+        return [trial for trial in self._shown if states is None or trial.state in states]
+
+
+def _narrow(trial: FrozenTrial, space: dict[str, BaseDistribution], number: int) -> FrozenTrial:
+    """Return a trial that knows the params of a space alone; all else it shares with the given one."""
+    narrowed = copy.copy(trial)
+    narrowed.number = number
+    narrowed.params = {name: trial.params[name] for name in space}
+    narrowed.distributions = space
+    return narrowed
 
 
 class PerBackboneSampler(BaseSampler):
@@ -96,22 +123,11 @@ class PerBackboneSampler(BaseSampler):
         return self._sample_within(study, own, rest) | {"backbone": proposed["backbone"]}
 
     def _sample_within(self, study: Study, own: list[FrozenTrial], rest: dict[str, BaseDistribution]) -> dict[str, Any]:
-        """Ask the other sampler in a study that holds nothing but one backbone's trials."""
-        apart = optuna.create_study(direction=study.direction, sampler=self._within)
-        for each in own:
-            apart.add_trial(
-                create_trial(
-                    state=each.state,
-                    value=each.value,
-                    params={name: each.params[name] for name in rest},
-                    distributions=rest,
-                    intermediate_values=each.intermediate_values,
-                    system_attrs={
-                        key: value for key, value in each.system_attrs.items() if key.startswith(_CONSTRAINTS_KEY)
-                    },
-                )
-            )
-        return apart.ask(rest).params
+        """Ask the other sampler in a study that shows nothing but one backbone's trials."""
+        storage = _Showing([_narrow(trial, rest, number) for number, trial in enumerate(own, start=1)])
+        apart = optuna.create_study(direction=study.direction, sampler=self._within, storage=storage)
+        asked = storage.get_trial(apart.ask()._trial_id)  # noqa: SLF001 - its number is 0
+        return self._within.sample_relative(apart, asked, rest)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

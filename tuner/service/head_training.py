@@ -108,7 +108,7 @@ class HeadTraining:
             kept = cohort.number(index) == verdict.keep and self._keep_model(cohort, index, epoch, verdict)
             result = epoch.results[index]
             assert not isinstance(result, Diverged)  # noqa: S101 - those have ended
-            outcome = TrialOutcome(state=TrialState.COMPLETE, report=result[1])
+            outcome = TrialOutcome(state=TrialState.COMPLETE, report=result[1].report)
             self._end(cohort, (index,), outcome, kept=kept)
 
     def _keep_model(self, cohort: "_Cohort", index: int, epoch: CohortEpoch, verdict: Verdict) -> bool:

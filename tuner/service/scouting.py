@@ -1,6 +1,6 @@
 """Before the first trial: one worker looks at the data, the backbones and the devices, while the others start."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tuner.errors import SearchError, SpecError
@@ -8,7 +8,7 @@ from tuner.search.distributions import check_group_counts
 from tuner.search.studies import StudyFacts
 from tuner.service.messages import Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker
-from tuner.service.slots import Slot, list_slots, usable_cores
+from tuner.service.slots import Slot, expects_cpu, list_slots, usable_cores
 from tuner.spec.sections import StudySpec
 from tuner.spec.space import Choices, IntRange
 
@@ -75,6 +75,8 @@ class _Scouting:
         self.slots: tuple[Slot, ...] = ()
         self.ready: set[int] = set()
         self.description: Description | None = None
+        if expects_cpu(spec.workers):
+            self._start_workers(())  # torch takes them as long to load as it takes the scout
 
     def listen(self) -> None:
         """Wait for the next replies."""
@@ -83,19 +85,25 @@ class _Scouting:
                 case None:
                     raise explain_loss(worker.describe_end())
                 case Hello() if worker is self._scout:
-                    self._start_workers(reply)
+                    self._start_workers(reply.cuda_devices)
                 case Hello():
                     self.ready.add(worker.number)
                 case Description():
                     self.description = reply
 
-    def _start_workers(self, hello: Hello) -> None:
-        """Start the workers that will train as soon as the devices are known."""
-        slots = list_slots(self._spec.workers, hello.cuda_devices, n_workers=self._n_workers)
+    def _start_workers(self, cuda_devices: Sequence[str]) -> None:
+        """Start the workers that will train, unless they have started on these devices."""
+        slots = list_slots(self._spec.workers, cuda_devices, n_workers=self._n_workers)
         n_screen = self._spec.search.screen * len(self._spec.backbone_names())
-        self.slots = slots[: self._spec.search.n_trials + n_screen]
+        slots = slots[: self._spec.search.n_trials + n_screen]
+        if slots == self.slots:
+            return
+        for worker in set(self._pool.workers.values()) - {self._scout}:
+            self.ready.discard(worker.number)
+            self._pool.stop(worker)
+        self.slots = slots
         first = 1 if slots[0].device == "cpu" else 0  # the scout takes the first slot of the CPU
-        for slot in self.slots[first:] if self._starts_workers else ():
+        for slot in slots[first:] if self._starts_workers else ():
             start_worker(self._pool, self._spec, slot)
 
     def dismiss(self) -> None:

@@ -10,6 +10,8 @@ from tuner.errors import DeviceError
 from tuner.spec.sections import WorkersSection
 
 _CGROUP = Path("/sys/fs/cgroup")
+_GPU_DRIVERS = tuple(Path("/dev", name) for name in ("nvidiactl", "nvmap", "dxg", "kfd"))
+"""What the drivers of GPUs show to programs: NVIDIA's, its boards', WSL's, AMD's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,13 @@ def list_slots(
     n_slots = n_workers or len(devices) * workers.per_device
     n_threads = max(1, n_cores // n_slots)
     return tuple(Slot(device=devices[number % len(devices)], n_threads=n_threads) for number in range(n_slots))
+
+
+def expects_cpu(workers: WorkersSection, drivers: Sequence[Path] = _GPU_DRIVERS) -> bool:
+    """Whether the run's devices are the CPU as far as can be said before torch is there to ask."""
+    if workers.devices == ("auto",):
+        return not any(driver.exists() for driver in drivers)
+    return workers.devices == ("cpu",)
 
 
 def _choose_devices(workers: WorkersSection, n_cuda: int) -> tuple[str, ...]:

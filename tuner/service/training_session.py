@@ -132,11 +132,11 @@ class TrainingSession:
             device=self._bench.device,
         )
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
-        for result, report in train_epochs(job):
+        for result, scores in train_epochs(job):
             verdict = self._coordinator.ask_verdict(EpochDone(results=((number, result),)))
             if number in verdict.stop:
                 break
             if result.epoch == params.epochs:
-                outcome = TrialOutcome(state=TrialState.COMPLETE, report=report)
+                outcome = TrialOutcome(state=TrialState.COMPLETE, report=scores.report)
                 kept = verdict.keep == number and self._bench.keep_model(job.model, params, verdict)
         return TrialDone(number=number, outcome=outcome, kept=kept)

@@ -82,7 +82,10 @@ def serve(line: Line) -> Never:
     if not isinstance(setup, Setup):
         raise TypeError(f"expected the setup, got {setup}")
     spec = StudySpec.model_validate_json(setup.spec)
-    # The mistakes in the data show before torch, which takes seconds to load.
+    if setup.device != "none":
+        # While the first worker reads the images, whose content hash this one then finds.
+        import tuner.service.training_session  # noqa: F401
+    # The first worker: mistakes in the data show before torch, which takes seconds to load.
     from tuner.service.study_data import read_study_data
 
     data = read_study_data(spec)

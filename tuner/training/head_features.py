@@ -104,7 +104,7 @@ def compute_features(
         out = torch.empty((len(images.labels), head.weight.shape[1]), dtype=dtype, device=device)
     normalise = build_normaliser(preprocessing, device, dtype)
     n_done = 0
-    for rows in list_eval_batches(images):
+    for rows in list_eval_batches(images, device):
         pixels, _ = take_batch(images, rows, device, dtype)
         if view is not None:
             pixels = _show(view, pixels, images.rows[rows.cpu()])

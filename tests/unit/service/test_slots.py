@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tuner.errors import DeviceError
-from tuner.service.slots import bind, list_slots, usable_cores
+from tuner.service.slots import bind, expects_cpu, list_slots, usable_cores
 from tuner.spec.sections import WorkersSection
 
 
@@ -66,6 +66,20 @@ def test_bind_counts_in_what_the_user_made_visible(visible: str | None, device: 
     """cuda:N is the N-th of the user's CUDA_VISIBLE_DEVICES."""
     environment = {"HOME": "/"} if visible is None else {"HOME": "/", "CUDA_VISIBLE_DEVICES": visible}
     assert bind(device, environment) == {"HOME": "/", "CUDA_VISIBLE_DEVICES": expected}
+
+
+@pytest.mark.parametrize(
+    ("devices", "has_driver", "expected"),
+    [("auto", False, True), ("auto", True, False), ("cpu", True, True), (["cuda:0"], False, False)],
+)
+def test_expects_cpu_only_where_nothing_speaks_for_a_gpu(
+    tmp_path: Path, devices: object, has_driver: bool, expected: bool
+) -> None:
+    """Workers that start before torch was asked would be bound to the wrong device."""
+    driver = tmp_path / "driver"
+    if has_driver:
+        driver.touch()
+    assert expects_cpu(make_workers(devices=devices), [driver]) is expected
 
 
 @pytest.mark.parametrize(

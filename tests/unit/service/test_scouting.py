@@ -1,0 +1,111 @@
+"""Which workers start, and when."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuner.service import scouting
+from tuner.service.messages import Describe, Description, Hello, Reply, Request
+from tuner.service.scouting import Scouted, scout_study
+from tuner.service.slots import Slot
+from tuner.spec.sections import StudySpec
+from tuner.spec.study import parse_spec
+
+DESCRIPTION = Description(
+    data_hash="",
+    classes=("a", "b"),
+    splits="",
+    split_counts={"train": 100, "val": 20, "test": 0},
+    group_counts={"test_resnet": 6},
+    fingerprints={},
+    preprocessing={},
+    versions={},
+    weights={},
+    n_params={},
+    store_bytes=0,
+    free_bytes=0,
+    seconds_per_image={},
+)
+
+
+class StandIn:
+    """A worker that keeps what it was sent."""
+
+    def __init__(self, number: int, slot: Slot | None) -> None:
+        self.number, self.slot = number, slot
+        self.sent: list[Request] = []
+
+    def send(self, request: Request) -> None:
+        """Keep a request."""
+        self.sent.append(request)
+
+
+class StandInPool:
+    """A pool whose first worker describes the study, on a machine with some CUDA devices."""
+
+    def __init__(self, *cuda_devices: str) -> None:
+        self.workers: dict[int, StandIn] = {}
+        self.started: list[StandIn] = []
+        self.n_before_hello = 0
+        self._cuda_devices = cuda_devices
+        self._is_asked = False
+
+    def start(self, slot: Slot | None) -> StandIn:
+        """Start a worker."""
+        worker = StandIn(len(self.started), slot)
+        self.workers[worker.number] = worker
+        self.started.append(worker)
+        return worker
+
+    def stop(self, worker: StandIn) -> None:
+        """End a worker."""
+        del self.workers[worker.number]
+
+    def wait(self, _: float) -> Iterator[tuple[StandIn, Reply]]:
+        """Yield the greetings of all workers, and the description of the first."""
+        scout = self.started[0]
+        assert isinstance(scout.sent[-1], Describe)
+        self.n_before_hello = len(self.started)
+        for worker in reversed(self.started.copy()):  # the first one is the last to be up
+            yield worker, Hello(cuda_devices=self._cuda_devices)
+        yield scout, DESCRIPTION
+
+
+def make_spec(**workers: object) -> StudySpec:
+    """Return a study of one backbone."""
+    tables = {
+        "study": {"name": "s"},
+        "data": {"source": "digits"},
+        "space": {"lr": {"low": 1e-4, "high": 1e-2}},
+        "training": {"backbone": "test_resnet", "batch_size": 16},
+        "workers": workers,
+    }
+    return parse_spec(tables, Path("/studies"))
+
+
+def scout(pool: Any, spec: StudySpec, *, n_workers: int | None = None) -> Scouted:
+    """Scout a study with a pool that stands in for one."""
+    scouted = scout_study(pool, spec, n_workers=n_workers)
+    assert scouted is not None
+    return scouted
+
+
+def test_workers_of_the_cpu_start_with_the_first() -> None:
+    """Loading torch takes seconds, which they spend together."""
+    pool = StandInPool()
+    scouted = scout(pool, make_spec(devices="cpu"), n_workers=3)
+    assert pool.n_before_hello == len(pool.started) == 3
+    assert scouted.ready == {0, 1, 2}
+
+
+def test_workers_that_started_for_the_wrong_device_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose driver shows in an unknown way is used all the same, by workers that are bound to it."""
+    monkeypatch.setattr(scouting, "expects_cpu", lambda _: True)
+    pool = StandInPool("A", "B")
+    scouted = scout(pool, make_spec(devices="auto"))
+    assert pool.n_before_hello > 1
+    assert [slot.device for slot in scouted.slots] == ["cuda:0", "cuda:1"]
+    assert [worker.slot and worker.slot.device for worker in pool.workers.values()] == ["cuda:0", "cuda:1"]
+    assert scouted.ready == frozenset()
