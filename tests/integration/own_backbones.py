@@ -37,7 +37,7 @@ def plain(num_classes: int) -> Net:
 
 def raising(num_classes: int) -> Net:
     """Return a net that fails on a whole batch of features, but not on the few images that are tried first."""
-    return Net(num_classes, fails_after=20)
+    return Net(num_classes, fails_after=12)
 
 
 def shifting(num_classes: int) -> Net:

@@ -18,10 +18,10 @@ from tuner.training.loop import (
     tell_bad_validation,
     weigh_classes,
 )
-from tuner.training.metrics import score_stacked_logits
+from tuner.training.metrics import Scores, score_stacked_logits
 from tuner.training.schedule import lr_factor
 from tuner.training.stacked_optimizer import StackedOptimizer
-from tuner.trial import ClassReport, EpochResult, TrialParams
+from tuner.trial import EpochResult, TrialParams
 
 _SHARED = ("backbone", "batch_size", "optimizer", "epochs", "class_weights", "augmentation_strength", "views")
 _SHARED_BY_VIEWS = ("view_seed", "horizontal_flip")
@@ -57,8 +57,8 @@ class CohortEpoch:
 
     epoch: int
     """From 1."""
-    results: dict[int, tuple[EpochResult, ClassReport] | Diverged]
-    """A diverged trial is reported once, and then no longer trained."""
+    results: dict[int, tuple[EpochResult, Scores] | Diverged]
+    """A diverged trial is told once, and then no longer trained. The scores make a report on demand."""
     heads: dict[int, tuple[Tensor, Tensor]]
     """Weight ``(n_classes, n_features)`` and bias ``(n_classes,)`` of each that did not diverge, on the device. They go
     on changing when the cohort does: copy what is to be kept."""
@@ -107,7 +107,7 @@ def _train(job: CohortJob) -> Generator[CohortEpoch, frozenset[int] | None, None
         scores = score_stacked_logits(cohort.predict_part, job.val_labels, cohort.split_trials(len(job.val_labels)))
         seconds = (perf_counter() - started) / len(cohort.trials)
         speed = cohort.n_images * len(cohort.trials) / train_seconds
-        results: dict[int, tuple[EpochResult, ClassReport] | Diverged] = {}
+        results: dict[int, tuple[EpochResult, Scores] | Diverged] = {}
         for index, loss, score in zip(cohort.trials, losses, scores, strict=True):
             if isinstance(loss, Diverged):
                 results[index] = loss
@@ -115,7 +115,7 @@ def _train(job: CohortJob) -> Generator[CohortEpoch, frozenset[int] | None, None
                 results[index] = tell_bad_validation(score.loss, epoch)
             else:
                 result = summarise_epoch(epoch, loss, score, seconds=seconds, images_per_second=speed)
-                results[index] = (result, score.report)
+                results[index] = (result, score)
         diverged = frozenset(index for index, result in results.items() if isinstance(result, Diverged))
         stopped = yield CohortEpoch(epoch=epoch, results=results, heads=cohort.list_heads(but=diverged))
         cohort.drop(diverged | (stopped or frozenset()))

@@ -30,7 +30,7 @@ from tuner.training.dropout import draw_kept, start_dropout
 from tuner.training.metrics import Scores, score_logits
 from tuner.training.optimizer import build_optimizer
 from tuner.training.schedule import build_schedule
-from tuner.trial import ClassReport, EpochResult, TrialParams
+from tuner.trial import EpochResult, TrialParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,14 @@ class Diverged(Exception):  # noqa: N818 - the name of what happened to the tria
     """A loss became NaN or infinite; the text is one line for a person."""
 
 
-def train_epochs(job: TrainingJob) -> Generator[tuple[EpochResult, ClassReport], None, None]:
+def train_epochs(job: TrainingJob) -> Generator[tuple[EpochResult, Scores], None, None]:
     """Train a model and validate it after every epoch.
 
     The same job gives the same bits again on a CPU, whatever torch drew before. Closing the generator ends the training
     and leaves the weights of the last step.
 
     Yields:
-        What an epoch showed, and its validation class by class; ``job.params.epochs`` times.
+        What an epoch showed, and the scores that make its report on demand; ``job.params.epochs`` times.
 
     Raises:
         ValueError: If the job has no validation images.
@@ -88,7 +88,7 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
     job.model.eval()
 
 
-def _train_and_validate(job: TrainingJob, val: ImageSet) -> Generator[tuple[EpochResult, ClassReport], None, None]:
+def _train_and_validate(job: TrainingJob, val: ImageSet) -> Generator[tuple[EpochResult, Scores], None, None]:
     with _dropping_inputs(job):
         training = _Training(job)
         for epoch in range(1, job.params.epochs + 1):
@@ -98,7 +98,7 @@ def _train_and_validate(job: TrainingJob, val: ImageSet) -> Generator[tuple[Epoc
             scores = _validate(job, val, epoch)
             seconds = perf_counter() - started
             speed = training.n_images / train_seconds
-            yield summarise_epoch(epoch, train_loss, scores, seconds=seconds, images_per_second=speed), scores.report
+            yield summarise_epoch(epoch, train_loss, scores, seconds=seconds, images_per_second=speed), scores
 
 
 class _Training:

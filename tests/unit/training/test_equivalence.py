@@ -26,8 +26,9 @@ from tuner.training.batches import build_normaliser
 from tuner.training.cohort import CohortJob, train_cohort
 from tuner.training.head_features import compute_features, find_linear_head, put_head, verify_head
 from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.metrics import Scores
 from tuner.training.prepare import prepare_model, start_heads
-from tuner.trial import ClassReport, EpochResult, TrialParams
+from tuner.trial import EpochResult, TrialParams
 
 from .builders import CPU, PREPROCESSING, make_net, make_params
 from .builders import make_images as make_toy_images
@@ -95,7 +96,7 @@ def prepare(name: str, params: TrialParams) -> tuple[nn.Module, tuple[Tensor, Te
 class Run:
     """What a trial showed, and the head that it ended with."""
 
-    epochs: tuple[tuple[EpochResult, ClassReport], ...]
+    epochs: tuple[tuple[EpochResult, Scores], ...]
     ending: str
     """Why it ended early; empty if it did not."""
     weight: Tensor
@@ -106,7 +107,7 @@ def run_alone(model: nn.Module, params: TrialParams, train: ImageSet = TRAIN, va
     """Train the head of a whole model by the ordinary loop; the model is not changed."""
     model = copy.deepcopy(model)
     job = TrainingJob(model=model, params=params, train=train, val=val, preprocessing=PREPROCESSING, device=CPU)
-    epochs: list[tuple[EpochResult, ClassReport]] = []
+    epochs: list[tuple[EpochResult, Scores]] = []
     ending = ""
     try:
         epochs.extend(train_epochs(job))  # keeps what came before an exception
@@ -178,10 +179,10 @@ def assert_same_run(found: Run, expected: Run) -> None:
     """Assert that two trainings showed and made the same."""
     assert found.ending == expected.ending
     assert len(found.epochs) == len(expected.epochs)
-    for (result, report), (wanted, wanted_report) in zip(found.epochs, expected.epochs, strict=True):
+    for (result, scores), (wanted, wanted_scores) in zip(found.epochs, expected.epochs, strict=True):
         timeless = replace(result, seconds=wanted.seconds, images_per_second=wanted.images_per_second)
         assert vars(timeless) == pytest.approx(vars(wanted), rel=RTOL)
-        assert report == wanted_report
+        assert scores.report == wanted_scores.report
     if not expected.ending:
         torch.testing.assert_close(found.weight, expected.weight, rtol=RTOL, atol=1e-12)
         torch.testing.assert_close(found.bias, expected.bias, rtol=RTOL, atol=1e-12)

@@ -223,7 +223,7 @@ def test_compute_features_refuses_a_head_before_the_pooling() -> None:
     """Its input is a map, not a vector."""
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(
-        NotCacheable, match=r"^its classifier takes \(64, 3, 8, 8\) for 64 images, not one vector each$"
+        NotCacheable, match=r"^its classifier takes \(16, 3, 8, 8\) for 16 images, not one vector each$"
     ):
         compute_features(model, make_images(), PREPROCESSING, CPU)
 

@@ -45,13 +45,13 @@ def test_train_epochs_learns_the_toy_problem(optimizer: str) -> None:
 
 
 def test_train_epochs_reports_each_epoch() -> None:
-    """Numbered from 1, with losses that fall and a confusion matrix of all validation images."""
+    """Numbered from 1, with losses that fall and scores of all validation images."""
     pairs = list(train_epochs(make_job(epochs=6)))
     assert [result.epoch for result, _ in pairs] == [1, 2, 3, 4, 5, 6]
     assert pairs[-1][0].train_loss < pairs[0][0].train_loss
     assert pairs[-1][0].val_loss < pairs[0][0].val_loss
     assert all(result.seconds > 0 and result.images_per_second > 0 for result, _ in pairs)
-    assert sum(itertools.chain(*pairs[-1][1].confusion_matrix)) == 32
+    assert sum(itertools.chain(*pairs[-1][1].report.confusion_matrix)) == 32
 
 
 def test_train_epochs_repeats_every_bit() -> None:
@@ -112,7 +112,7 @@ def test_train_epochs_drops_the_heads_inputs_only_while_training() -> None:
     seen = show_inputs(net.fc)
     train_to_end(make_job(net, dropout=0.5, epochs=1))
     assert [share for training, share in seen if training] == pytest.approx([0.5] * 4, abs=0.1)
-    assert [share for training, share in seen if not training] == [0.0]
+    assert {share for training, share in seen if not training} == {0.0}
     net.train()(torch.rand(4, 3, 8, 8))
     assert seen[-1] == (True, 0.0)
 

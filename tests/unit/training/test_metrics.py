@@ -1,15 +1,18 @@
-"""Scores from the confusion matrix, against scikit-learn's."""
+"""Scores against scikit-learn's, and what they cost."""
 
+import tracemalloc
 import warnings
-from dataclasses import replace
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from tuner.training.metrics import count_confusion, score_logits, score_stacked_logits
+from tuner.training.metrics import Scores, count_confusion, score_logits, score_stacked_logits
 
 
 def draw_logits(n_classes: int, *, seed: int, only_labels: int | None = None) -> tuple[Tensor, Tensor]:
@@ -19,6 +22,17 @@ def draw_logits(n_classes: int, *, seed: int, only_labels: int | None = None) ->
     logits = torch.randn(40, n_classes, generator=generator)
     logits[torch.arange(40), labels] += 0.8
     return logits, labels
+
+
+def list_shares(scores: Scores) -> tuple[float, ...]:
+    """Return all numbers that travel but the loss."""
+    return (
+        scores.accuracy,
+        scores.balanced_accuracy,
+        scores.macro_precision,
+        scores.macro_recall,
+        scores.macro_f1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +70,7 @@ def test_score_logits_reports_every_class() -> None:
 
 def test_count_confusion_has_true_classes_as_rows() -> None:
     """One image of class 2 taken for class 0 lies in row 2, column 0."""
-    confusion = count_confusion(torch.tensor([2]), torch.tensor([0]), 3)
+    confusion = count_confusion(np.array([2]), np.array([0]), 3)
     assert confusion[2, 0] == 1
     assert confusion.sum() == 1
 
@@ -77,4 +91,51 @@ def test_score_stacked_logits_scores_each_model_as_alone(parts: list[slice]) -> 
     for found, one in zip(score_stacked_logits(logits.__getitem__, labels, parts), logits, strict=True):
         expected = score_logits(one, labels)
         assert found.loss == pytest.approx(expected.loss)
-        assert replace(found, loss=0.0) == replace(expected, loss=0.0)
+        assert list_shares(found) == list_shares(expected)
+        assert found.report == expected.report
+
+
+def test_score_stacked_logits_holds_the_logits_of_one_part() -> None:
+    """Those of the part before are gone when the next are asked for."""
+    labels = torch.zeros(4, dtype=torch.int64)
+    given: list[weakref.ref[Tensor]] = []
+
+    def predict(part: slice) -> Tensor:
+        assert [logits() for logits in given] == [None] * len(given)
+        logits = torch.ones(part.stop - part.start, 4, 3)
+        given.append(weakref.ref(logits))
+        return logits
+
+    assert len(score_stacked_logits(predict, labels, [slice(0, 2), slice(2, 4), slice(4, 5)])) == 5
+    assert len(given) == 3
+
+
+class LargestTensor(TorchFunctionMode):
+    """Remembers the most numbers that one tensor held which torch made in the meantime."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function and look at what it made."""
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.size = max(self.size, made.numel())
+        return made
+
+
+def test_scoring_grows_with_classes_not_with_their_square() -> None:
+    """No tensor is larger than the logits, and outside torch it takes less than one byte per cell of one matrix."""
+    n_models, n_images, n_classes = 2, 20, 4000
+    logits = torch.randn(n_models, n_images, n_classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(n_images)
+    tracemalloc.start()
+    with LargestTensor() as largest:
+        stacked = score_stacked_logits(logits.__getitem__, labels, [slice(0, n_models)])
+        alone = [score_logits(one, labels) for one in logits]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [list_shares(one) for one in stacked] == [list_shares(one) for one in alone]
+    assert 0 < largest.size <= logits.numel()
+    assert peak < n_classes**2
