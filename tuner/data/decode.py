@@ -1,5 +1,7 @@
 """From an image as stored to three channels of 8 bit in a square."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -14,7 +16,15 @@ RESAMPLING = {
 }
 """Names of interpolations, as in timm."""
 
+MAX_PIXELS = 150_000_000
+"""Width times height of an image as stored; decoding takes up to 16 bytes for each. Pillow's own limit is 179 million,
+and says "decompression bomb"."""
+FORMATS = frozenset(
+    {"AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+)
+"""Pillow goes by a file's content and not by its name, and would start Ghostscript for an EPS."""
 _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
+_N_BAND_ROWS = 256
 
 
 def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: str) -> NDArray[np.uint8]:
@@ -30,8 +40,10 @@ def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: s
         Shape ``(3, size, size)``.
 
     Raises:
+        ValueError: If it has more than ``MAX_PIXELS``, or a format that is not in ``FORMATS``. Nothing is decoded then.
         Exception: Whatever Pillow raises for a broken file; it has no common base.
     """
+    _check_header(image)
     # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the size leaves enough for a clean resize.
     image.draft(None, (2 * size, 2 * size))
     image.load()
@@ -46,19 +58,31 @@ def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: s
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))  # (3, size, size)
 
 
+def _check_header(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"must have at most {MAX_PIXELS // 1_000_000} megapixels, got {width} x {height} px")
+    if image.format is not None and image.format not in FORMATS:
+        raise ValueError(f"must be one of {', '.join(sorted(FORMATS))}, got {image.format}")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image of any mode as 8-bit RGB: alpha over white, 16 bit scaled down."""
     if image.mode.startswith("I"):
-        return _from_values(np.asarray(image, dtype=np.float64) * (255 / 65535))
+        return _from_values(np.asarray(image), 255 / 65535)
     if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        return _from_values(values * 255 if values.max() <= 1 else values)
+        values = np.nan_to_num(np.asarray(image))
+        return _from_values(values, 255 if values.max() <= 1 else 1)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _from_values(values: NDArray[np.float64]) -> Image.Image:
-    """Return grey values on the scale 0…255 as an image; what lies outside is clipped."""
-    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8)).convert("RGB")
+def _from_values(values: NDArray[Any], factor: float) -> Image.Image:
+    """Return grey values as an image: times a factor on the scale 0…255; what lies outside is clipped."""
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for top in range(0, len(values), _N_BAND_ROWS):  # in bands: as float64, a whole large image would fill the memory
+        band = slice(top, top + _N_BAND_ROWS)
+        grey[band] = np.rint(values[band].astype(np.float64) * factor).clip(0, 255)
+    return Image.fromarray(grey).convert("RGB")

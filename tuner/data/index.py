@@ -56,8 +56,8 @@ class ImageIndex:
     """Returns what changes whenever file ``i`` does (size and times), for the cache of decoded images. None: the stamp.
     It looks at the file, so it may be called for a TEST image only where that image may be opened."""
     find_file: Callable[[int], Path] | None = None
-    """Returns the file of image ``i``, for hashing what is in it; not for TEST images. None: there are no files, and
-    the stamps hash the content."""
+    """Returns the file that ``open_image`` opens, for decoding it in another process and for hashing what is in it; the
+    latter not for TEST images. None: there are no files, and the stamps hash the content."""
     read_test: Callable[[], "ImageIndex"] | None = None
     """Lists the given test split where listing it would open its files (torchvision); those images are then not in
     this index until ``unlock_test`` adds them. None: there is no test split, or it is already in this index."""
