@@ -139,17 +139,28 @@ class Reason(StrEnum):
     """The loss became NaN or infinite. Infeasible."""
     ERROR = "error"
     """An exception while training; the traceback is kept with the trial."""
+    TIME_LIMIT = "time_limit"
+    """It took longer than ``search.trial_timeout``. Infeasible."""
+    UNREADABLE = "unreadable"
+    """Images or weights could not be read; the trial is queued again."""
     WORKER_LOST = "worker_lost"
-    """Its process died; the trial is queued again once."""
+    """Its process died; the trial is queued again."""
+    STALLED = "stalled"
+    """Its process hung and was ended; the trial is queued again."""
     COHORT_LOST = "cohort_lost"
-    """An error ended the cohort that it was trained in; the trial is queued again once, to be trained alone."""
+    """An error ended the cohort that it was trained in; the trial is queued again, to be trained alone."""
     INTERRUPTED = "interrupted"
     """The run was stopped; the trial is queued again."""
 
     @property
     def infeasible(self) -> bool:
         """Whether the point itself is at fault, so that the sampler should avoid it."""
-        return self in {Reason.OUT_OF_MEMORY, Reason.DIVERGED}
+        return self in {Reason.OUT_OF_MEMORY, Reason.DIVERGED, Reason.TIME_LIMIT}
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether what went wrong may be gone at the next attempt; such trials are queued again, twice at most."""
+        return self in {Reason.UNREADABLE, Reason.WORKER_LOST, Reason.STALLED, Reason.COHORT_LOST}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _OWN_BACKBONES = """
+import ctypes
 import os
 import time
 
@@ -71,6 +72,26 @@ def mortal(num_classes):
 
 def slow(num_classes, seconds=0.02):
     return Net(num_classes, lambda: time.sleep(seconds))
+
+
+def hold_once():
+    if not os.path.exists("held"):
+        open("held", "w").close()
+        ctypes.PyDLL(None).sleep(600)  # with the interpreter's lock
+
+
+def holding(num_classes):
+    return Net(num_classes, hold_once)
+
+
+def lose_a_file_once():
+    if not os.path.exists("missed"):
+        open("missed", "w").close()
+        open("gone.txt")
+
+
+def forgetful(num_classes):
+    return Net(num_classes, lose_a_file_once)
 
 
 def raising(num_classes):

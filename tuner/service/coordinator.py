@@ -52,7 +52,11 @@ def run_study(
     with _open_alone(url, spec.study.name) as opened, display or SilentDisplay() as shown:
         if (finished := _find_finished(opened, spec)) is not None:
             return read_status(finished, url)
-        with _hide_cuda(spec) as environment, StopSignals() as signals, Pool(environment) as pool:
+        with (
+            _hide_cuda(spec) as environment,
+            StopSignals() as signals,
+            Pool(environment, stall_limit=spec.workers.stall_limit) as pool,
+        ):
             shown.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
             scouted = scout_study(pool, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
             if scouted is None:

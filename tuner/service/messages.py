@@ -54,6 +54,8 @@ class Train:
     """Number and recipe of each trial."""
     uses_features: bool
     """Whether the trials train on what the frozen backbone makes of the images, kept in the cache."""
+    checkpoint: str = ""
+    """File that a trial which trains alone goes on from and saves to; empty: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,11 @@ class Description:
     seconds_per_image: dict[str, float]
     """Full fine-tuning of one image in one epoch, by backbone; empty unless timed."""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alive:
+    """The worker's process runs Python, whatever it computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +186,7 @@ class Crashed:
 
 
 Request = Setup | Describe | Prepare | Train | Verdict
-Reply = Hello | Description | Note | Progress | Prepared | EpochDone | TrialDone | GivenBack | Refused | Crashed
+Reply = Hello | Alive | Description | Note | Progress | Prepared | EpochDone | TrialDone | GivenBack | Refused | Crashed
 Message = Request | Reply
 
 
@@ -202,6 +209,7 @@ _KINDS: dict[str, type[Message]] = {
         Train,
         Verdict,
         Hello,
+        Alive,
         Description,
         Note,
         Progress,

@@ -2,6 +2,7 @@
 
 import traceback
 
+from tuner.errors import DataError, ModelError, StorageError
 from tuner.training.device import is_out_of_memory
 from tuner.training.loop import Diverged
 from tuner.trial import Reason, TrialOutcome, TrialState
@@ -13,9 +14,10 @@ def blame(error: Exception) -> TrialOutcome:
         return TrialOutcome(state=TrialState.PRUNED, reason=Reason.DIVERGED, message=str(error))
     if is_out_of_memory(error):
         return TrialOutcome(state=TrialState.PRUNED, reason=Reason.OUT_OF_MEMORY, message=first_line(error))
+    is_unreadable = isinstance(error, OSError | DataError | ModelError | StorageError)
     return TrialOutcome(
         state=TrialState.FAIL,
-        reason=Reason.ERROR,
+        reason=Reason.UNREADABLE if is_unreadable else Reason.ERROR,
         message=f"{type(error).__name__}: {first_line(error)}",
         traceback="".join(traceback.format_exception(error)),
     )

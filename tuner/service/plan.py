@@ -56,7 +56,7 @@ def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | N
     """
     url = resolve_url(storage, spec.study.storage)
     has_database = find_database(url).is_file()
-    with Pool() as pool:
+    with Pool(stall_limit=spec.workers.stall_limit) as pool:
         scouted = scout_study(pool, spec, n_workers=n_workers, timed=True, starts_workers=False)
     assert scouted is not None  # noqa: S101 - nothing asked it to stop
     description = scouted.description

@@ -5,6 +5,7 @@ no import of the caller's main module, so that a study runs from a script or a n
 its socket, and so is ours for it.
 """
 
+import math
 import os
 import selectors
 import socket
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Self
 
 from tuner.errors import ERRORS_BY_NAME
@@ -29,6 +31,9 @@ class Worker:
     def __init__(self, number: int, slot: Slot | None, environment: Mapping[str, str]) -> None:
         self.number = number
         self.slot = slot
+        self.last_heard = time.monotonic()
+        self.is_stalled = False
+        self._ended_for = ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         self.connection, theirs = socket.socketpair()
         with theirs:
@@ -62,15 +67,25 @@ class Worker:
         Raises:
             EOFError: If the worker is gone.
         """
+        self.last_heard = time.monotonic()
         yield from self._lines.receive()  # type: ignore[misc] # a worker sends replies only
+
+    def end(self, reason: str) -> None:
+        """End the process at once.
+
+        Args:
+            reason: What it did, for a person.
+        """
+        self._ended_for = reason
+        self._process.kill()
 
     def describe_end(self) -> str:
         """Return how the process ended, with the last lines that it printed. Waits for its end."""
-        try:
-            code = self._process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+        code = self._wait(time.monotonic() + _GRACE_SECONDS)
+        if self._ended_for:
+            return f"worker {self.number} {self._ended_for} and was ended"
+        if code is None:
+            return f"worker {self.number} hung up and cannot be killed"
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         self._log.seek(0)
         words = self._log.read()[-_LAST_WORDS:].decode(errors="replace").strip()
@@ -82,12 +97,17 @@ class Worker:
 
     def reap(self, deadline: float) -> None:
         """Wait for the process until a deadline on the monotonic clock, then kill it."""
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._wait(deadline)
         self._log.close()
+
+    def _wait(self, deadline: float) -> int | None:
+        """Wait for the process, kill it at the deadline, and return its code; None if it waits for a dead disk."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(max(0.0, deadline - time.monotonic()))
+        self._process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(_GRACE_SECONDS)
+        return None
 
 
 def _bind(slot: Slot | None, environment: Mapping[str, str]) -> dict[str, str]:
@@ -100,8 +120,15 @@ def _bind(slot: Slot | None, environment: Mapping[str, str]) -> dict[str, str]:
 class Pool:
     """The workers of a run, and the one place where the coordinator waits."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, *, stall_limit: float = math.inf) -> None:
+        """Make an empty pool.
+
+        Args:
+            environment: What workers inherit; default: this process's.
+            stall_limit: Seconds of silence after which a worker is ended and counts as gone.
+        """
         self._environment = dict(os.environ if environment is None else environment)
+        self._stall_limit = stall_limit
         self.workers: dict[int, Worker] = {}
         self._selector = selectors.DefaultSelector()
         self._n_started = 0
@@ -128,10 +155,24 @@ class Pool:
 
     def stop(self, worker: Worker) -> None:
         """End one worker."""
-        del self.workers[worker.number]
-        self._selector.unregister(worker.connection)
+        self._drop(worker)
         worker.close()
         worker.reap(time.monotonic() + _GRACE_SECONDS)
+
+    def end(self, worker: Worker, reason: str) -> None:
+        """End one worker at once.
+
+        Args:
+            worker: Of this pool.
+            reason: What it did, for a person.
+        """
+        self._drop(worker)
+        worker.end(reason)
+        worker.close()
+
+    def _drop(self, worker: Worker) -> None:
+        if self.workers.pop(worker.number, None):
+            self._selector.unregister(worker.connection)
 
     def wait(self, timeout: float | None) -> Iterator[tuple[Worker, Reply | None]]:
         """Wait for replies, and yield each with its worker; None for a worker that is gone.
@@ -140,17 +181,30 @@ class Pool:
             TunerError: If a worker met a mistake of the user's.
             RuntimeError: If a worker met a bug.
         """
-        for key, _ in self._selector.select(timeout):
-            worker: Worker = key.data
-            if worker.number not in self.workers:
-                continue
-            try:
-                for reply in worker.receive():
-                    yield worker, _check(reply)
-            except EOFError:
-                del self.workers[worker.number]
-                self._selector.unregister(worker.connection)
+        # All are heard before anything is done about it, which may take longer than they may be silent.
+        heard = [event for key, _ in self._selector.select(timeout) for event in self._hear(key.data)]
+        heard += [(worker, None) for worker in self._end_stalled()]
+        for worker, reply in heard:
+            if reply is None:
                 yield worker, None
+            elif worker.number in self.workers:
+                yield worker, _check(reply)
+
+    def _hear(self, worker: Worker) -> Iterator[tuple[Worker, Reply | None]]:
+        try:
+            for reply in worker.receive():
+                yield worker, reply
+        except EOFError:
+            self._drop(worker)
+            yield worker, None
+
+    def _end_stalled(self) -> list[Worker]:
+        now = time.monotonic()
+        stalled = [worker for worker in self.workers.values() if now - worker.last_heard > self._stall_limit]
+        for worker in stalled:
+            worker.is_stalled = True
+            self.end(worker, f"said nothing for {self._stall_limit:g} s (workers.stall_limit)")
+        return stalled
 
 
 def _check(reply: Reply) -> Reply:

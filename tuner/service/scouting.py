@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tuner.errors import SearchError, SpecError
+from tuner.errors import SpecError
 from tuner.search.distributions import check_group_counts
 from tuner.search.studies import StudyFacts
+from tuner.service.failures import explain_loss
 from tuner.service.messages import Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker
 from tuner.service.slots import Slot, expects_cpu, list_slots, usable_cores
@@ -124,11 +125,6 @@ def set_up(worker: Worker, spec: StudySpec, slot: Slot) -> None:
 def start_worker(pool: Pool, spec: StudySpec, slot: Slot) -> None:
     """Start a worker that is bound to a slot's device."""
     set_up(pool.start(slot), spec, slot)
-
-
-def explain_loss(message: str) -> SearchError:
-    """Return the error for workers that end without a trial to blame."""
-    return SearchError(f"workers: must be able to start and prepare the study, but {message}")
 
 
 def check_description(spec: StudySpec, description: Description) -> None:

@@ -1,13 +1,17 @@
 """The loop of a run: give work to idle workers, listen, report, prune, tell."""
 
+import math
+import time
 from collections import deque
 from dataclasses import dataclass
 
 from tuner.errors import SearchError
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
+from tuner.service.failures import FailureCount, blame_loss
 from tuner.service.kept_models import model_folder, remove_halves, remove_models
 from tuner.service.messages import (
+    Alive,
     EpochDone,
     GivenBack,
     Hello,
@@ -34,13 +38,11 @@ from tuner.service.progress import (
     TrialsStarted,
 )
 from tuner.service.result import StoppedBy, StudyStatus, read_status
-from tuner.service.scouting import TICK_SECONDS, Scouted, explain_loss, start_worker
+from tuner.service.scouting import TICK_SECONDS, Scouted, start_worker
 from tuner.service.signals import StopSignals
 from tuner.service.supply import Supply
 from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
 
-MAX_FAILS_IN_A_ROW = 5
-_MAX_IDLE_LOSSES = 3
 _INTERRUPTED = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the run was stopped")
 
 
@@ -49,6 +51,8 @@ class _Training:
     """What a worker trains. Mutable: its trials end one by one."""
 
     members: dict[int, TrialParams]
+    deadline: float
+    """On the monotonic clock."""
 
 
 class SearchLoop:
@@ -78,9 +82,7 @@ class SearchLoop:
         self._events: list[Event] = []  # shown once they are stored
         self._best: tuple[int, float] | None = None
         self._has_kept = False
-        self._n_fails = 0
-        self._last_fail = ""
-        self._n_idle_losses = 0
+        self._failures = FailureCount(self._spec.study.name)
 
     def run(self) -> StudyStatus:
         """Run to the end and return the study's status.
@@ -156,7 +158,8 @@ class SearchLoop:
         if batch is None:
             return False
         members = dict(batch.members)
-        self._busy[worker.number] = _Training(members=members)
+        limit = self._spec.search.trial_timeout
+        self._busy[worker.number] = _Training(members=members, deadline=time.monotonic() + (limit or math.inf))
         worker.send(Train(data_hash=self._data_hash, members=batch.members, uses_features=batch.uses_features))
         self._book.place(members, worker.slot.device if worker.slot else "")
         started = TrialsStarted(worker=worker.number, numbers=tuple(members), params=batch.members[0][1])
@@ -175,12 +178,24 @@ class SearchLoop:
                 self._lose(worker)
             else:
                 self._handle(worker, reply)
+        self._end_overdue()
         self._settle()
+
+    def _end_overdue(self) -> None:
+        """End workers whose trials take longer than the user allows."""
+        now = time.monotonic()
+        for number, job in tuple(self._busy.items()):
+            if isinstance(job, _Training) and now > job.deadline:
+                worker = self._pool.workers[number]
+                self._pool.end(worker, f"trained longer than {self._spec.search.trial_timeout:g} s")
+                self._lose(worker, is_overdue=True)
 
     def _handle(self, worker: Worker, reply: Reply) -> None:
         match reply:
             case Hello():
                 self._ready.add(worker.number)
+            case Alive():
+                pass
             case Note():
                 self._display.show(Noted(text=reply.text))
             case Progress():
@@ -228,7 +243,7 @@ class SearchLoop:
         self._release(worker, (done.number,))
         self._has_kept = self._has_kept or done.kept
         if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
-            self._count_fail(done.outcome)
+            self._failures.count(done.outcome)
 
     def _release(self, worker: Worker, numbers: tuple[int, ...]) -> tuple[tuple[int, TrialParams], ...]:
         """Take trials from a worker, which is idle after its last; return their numbers and recipes."""
@@ -249,13 +264,6 @@ class SearchLoop:
         self._events.append(Counted(n_done=self._book.count_finished(), n_trials=self._supply.n_wanted))
         self._events.append(TrialFinished(worker=worker.number, number=number, outcome=outcome, value=value))
 
-    def _count_fail(self, outcome: TrialOutcome) -> None:
-        """Count trials that fail in a row; those that a cohort's error ended are tried again by themselves first."""
-        if outcome.reason is Reason.COHORT_LOST:
-            return
-        self._n_fails = self._n_fails + 1 if outcome.state is TrialState.FAIL else 0
-        self._last_fail = outcome.message
-
     def _settle(self) -> None:
         """Store what happened, then show it."""
         self._book.flush()
@@ -268,13 +276,9 @@ class SearchLoop:
         if self._has_kept:
             self._has_kept = False
             self._remove_old_models()
-        if self._n_fails >= MAX_FAILS_IN_A_ROW:
-            raise SearchError(
-                f"study {self._spec.study.name!r}: {self._n_fails} trials failed in a row; "
-                f"the last one: {self._last_fail}; 'tuner show' has the tracebacks"
-            )
+        self._failures.check()
 
-    def _lose(self, worker: Worker) -> None:
+    def _lose(self, worker: Worker, *, is_overdue: bool = False) -> None:
         """Tell the trials of a dead worker, and start another worker in its slot."""
         message = worker.describe_end()
         self._display.show(ActivityChanged(worker=worker.number, text=""))
@@ -282,15 +286,13 @@ class SearchLoop:
         self._ready.discard(worker.number)
         match self._busy.pop(worker.number, None):
             case _Training(members=members):
-                outcome = TrialOutcome(state=TrialState.FAIL, reason=Reason.WORKER_LOST, message=message)
+                outcome = blame_loss(message, n_lost=len(members), is_stalled=worker.is_stalled, is_overdue=is_overdue)
                 for number in members:
                     self._book.tell(number, outcome)
                     self._announce(worker, number, outcome, None)
-                self._count_fail(outcome)  # once: it was one accident
+                self._failures.count(outcome)  # once: it was one accident
             case job:
-                self._n_idle_losses += 1
-                if self._n_idle_losses >= _MAX_IDLE_LOSSES:
-                    raise explain_loss(message)
+                self._failures.count_idle_loss(message)
                 if job is not None:
                     self._jobs.appendleft(job)
         if worker.slot is not None:

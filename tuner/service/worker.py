@@ -4,18 +4,21 @@
 gone it ends the process at once, whatever is being computed.
 """
 
+import ctypes
 import os
 import queue
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Never
 
 from tuner.errors import TunerError
 from tuner.service.messages import (
+    Alive,
     Crashed,
     Describe,
     EpochDone,
@@ -34,12 +37,16 @@ from tuner.service.messages import (
 )
 from tuner.spec.sections import StudySpec
 
+_MAX_PULSE_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+
 
 class Line:
     """The worker's end of the socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -55,9 +62,24 @@ class Line:
     def send(self, reply: Reply) -> None:
         """Send a reply."""
         try:
-            self._connection.sendall(encode(reply))
+            with self._sending:
+                self._connection.sendall(encode(reply))
         except OSError:
             os._exit(0)
+
+    def start_pulse(self, stall_limit: float) -> None:
+        """Say from now on, in a thread, that this process is not stopped and that nothing holds the interpreter.
+
+        Args:
+            stall_limit: Seconds of silence that end this process.
+        """
+
+        def beat() -> Never:
+            while True:
+                time.sleep(min(_MAX_PULSE_SECONDS, stall_limit / 4))
+                self.send(Alive())
+
+        threading.Thread(target=beat, daemon=True).start()
 
     def note(self, text: str) -> None:
         """Send one line for the user."""
@@ -82,6 +104,7 @@ def serve(line: Line) -> Never:
     if not isinstance(setup, Setup):
         raise TypeError(f"expected the setup, got {setup}")
     spec = StudySpec.model_validate_json(setup.spec)
+    line.start_pulse(spec.workers.stall_limit)
     if setup.device != "none":
         # While the first worker reads the images, whose content hash this one then finds.
         import tuner.service.training_session  # noqa: F401
@@ -113,6 +136,8 @@ def serve(line: Line) -> Never:
 
 def main() -> Never:
     """Run a worker on the socket whose descriptor is the first argument."""
+    # The thread that sees the coordinator's end cannot do so while this process is stopped or held up in C.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
     sys.path.append(str(Path.cwd()))  # a user's own backbone; last, so that it shadows nothing
     line = Line(socket.socket(fileno=int(sys.argv[1])))

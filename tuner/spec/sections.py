@@ -95,7 +95,7 @@ def _as_devices(value: Any) -> tuple[str, ...]:
     devices = (value,) if isinstance(value, str) else value
     good = isinstance(devices, list | tuple) and len(devices) > 0
     if not good or not all(
-        isinstance(device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) for device in devices
+        isinstance(device, str) and re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", device) for device in devices
     ):
         raise ValueError('must be "auto", "cpu", "cuda:0" or a list of CUDA devices')
     if len(devices) > 1 and ("auto" in devices or "cpu" in devices):
@@ -216,6 +216,8 @@ class SearchSection(Section):
     """Head-only trials of each backbone before the search, besides n_trials; 0: none."""
     timeout: Annotated[float, BeforeValidator(parse_duration)] | None = None
     """Of one run: after it no trial starts, and the running ones finish. Default: none."""
+    trial_timeout: Annotated[float, BeforeValidator(parse_duration)] | None = None
+    """Of one trial: one that takes longer is ended, and the sampler learns to avoid its like. Default: none."""
 
 
 class WorkersSection(Section):
@@ -225,6 +227,10 @@ class WorkersSection(Section):
     """auto: every CUDA device, else CPU; or ["cuda:0", "cuda:1"], "cuda:0", "cpu"."""
     per_device: Annotated[int, _within(1)] = 1
     """Workers that share one CUDA device."""
+    stall_limit: Annotated[float, BeforeValidator(parse_duration)] = 300.0
+    """Silence after which a worker counts as hanging: it is ended, replaced, and its trial queued again."""
+    checkpoint_every: Annotated[float, BeforeValidator(parse_duration)] = 60.0
+    """Least time between two checkpoints of a trial; a killed run goes on from the last one."""
 
 
 class StudySpec(Section):
