@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import optuna
 import pytest
 
 from tests.e2e.harness import Place, kill, make_place, wait_until
@@ -61,7 +62,8 @@ def test_trial_over_its_time_is_pruned_infeasible(tmp_path: Path) -> None:
     code, output = place.run()
     assert code == 0, output
     assert "trained longer than 4 s and was ended" in output
-    slow, good = [], []
+    slow: list[optuna.trial.FrozenTrial] = []
+    good: list[optuna.trial.FrozenTrial] = []
     for trial in read_study(place).get_trials(deepcopy=False):
         (slow if trial.params["backbone"] == "own:slow" else good).append(trial)
     assert [trial.user_attrs["reason"] for trial in slow] == ["time_limit"] * 2

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import zlib
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,7 @@ from tuner.data.locks import mark_mapped
 
 _MAP_NORESERVE = 0x4000
 """Linux's constant; the ``mmap`` module of Python 3.11 lacks it."""
+_CHUNK_BYTES = 1 << 20
 
 
 def create_array(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
@@ -50,3 +52,20 @@ def map_array(file: IO[bytes], dtype: DTypeLike, shape: tuple[int, ...]) -> NDAr
     flags, access = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
     mapped = mmap.mmap(file.fileno(), length, flags=flags, prot=access)
     return np.ndarray(shape, dtype, buffer=mapped, offset=offset)
+
+
+def compute_checksum(file: IO[bytes], start: int = 0) -> int:
+    """Return the CRC-32 of all bytes, read and not mapped: a disk that fails is then an error, not a signal.
+
+    Args:
+        file: An open data file.
+        start: Of what belongs to the file and lies elsewhere.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    file.seek(0)
+    checksum = start
+    while chunk := file.read(_CHUNK_BYTES):
+        checksum = zlib.crc32(chunk, checksum)
+    return checksum

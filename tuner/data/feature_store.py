@@ -3,7 +3,6 @@
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuner.data.array_file import create_array, map_array
+from tuner.data.array_file import compute_checksum, create_array, map_array
 from tuner.data.cache import make_room, touch
 from tuner.data.locks import locked
 from tuner.data.memory import available_memory
@@ -22,7 +21,6 @@ from tuner.paths import cache_root, replacing
 
 _FORMAT = 1
 """Raised when the files look different."""
-_CHUNK_BYTES = 1 << 20
 _MEMORY_FRACTION = 0.25
 """Share of the free memory that a bank may take if it cannot be kept."""
 _GIGABYTE = 1e9
@@ -147,7 +145,7 @@ def _build_bank(job: _Job) -> float:
         features.flush()
         del features
         with temporary.open("rb") as file:
-            checksum = _compute_checksum(file)
+            checksum = compute_checksum(file)
         facts = {"text": job.text, "key": job.key, "shape": job.shape, "seconds": seconds, "checksum": checksum}
         with replacing(job.sidecar) as sidecar:
             sidecar.write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -165,16 +163,7 @@ def _is_whole(file: IO[bytes], checksum: int) -> bool:
     status = os.fstat(file.fileno())
     identity = (status.st_dev, status.st_ino, status.st_size, checksum)
     if identity not in _verified:
-        if _compute_checksum(file) != checksum:
+        if compute_checksum(file) != checksum:
             return False
         _verified.add(identity)
     return True
-
-
-def _compute_checksum(file: IO[bytes]) -> int:
-    """Return the CRC-32 of all bytes, read and not mapped: a disk that fails is then an error, not a signal."""
-    file.seek(0)
-    checksum = 0
-    while chunk := file.read(_CHUNK_BYTES):
-        checksum = zlib.crc32(chunk, checksum)
-    return checksum

@@ -40,6 +40,7 @@ def load_image_set(
     *,
     interpolation: str,
     n_threads: int = 1,
+    verify: bool = True,
 ) -> ImageSet:
     """Return the images of some splits, decoded. TEST images are opened only if ``which`` names them.
 
@@ -50,6 +51,7 @@ def load_image_set(
         which: Splits, in the order wanted. Naming ``Split.TEST`` unlocks it.
         interpolation: A key of ``decode.RESAMPLING``.
         n_threads: Images decoded at a time, if they are not in the cache.
+        verify: Compare images that are in the cache with their checksum.
 
     Raises:
         DataError: If too many images cannot be decoded, or train or val is left without a class.
@@ -59,14 +61,15 @@ def load_image_set(
         index, splits = unlock_test(index, splits)
     parts: list[tuple[Tensor, NDArray[np.int64]]] = []
     if searchable := tuple(split for split in which if split is not Split.TEST):
-        store = open_store(index, search_rows(splits), section, interpolation=interpolation, n_threads=n_threads)
+        rows = search_rows(splits)
+        store = open_store(index, rows, section, interpolation=interpolation, n_threads=n_threads, verify=verify)
         _check_store(index, splits, store)
         parts += [_take_split(store, splits, split) for split in searchable]
         if searchable == (Split.TRAIN, Split.VAL):
             parts = [(torch.from_numpy(store.pixels), store.rows)]
     if Split.TEST in which:
         rows = np.flatnonzero(splits == Split.TEST)
-        store = open_store(index, rows, section, interpolation=interpolation, n_threads=n_threads)
+        store = open_store(index, rows, section, interpolation=interpolation, n_threads=n_threads, verify=verify)
         parts.insert(which.index(Split.TEST), (torch.from_numpy(store.pixels), store.rows))
     pixels = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts])
     rows = np.concatenate([rows for _, rows in parts])

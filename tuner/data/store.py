@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from tuner.data.array_file import create_array, map_array
+from tuner.data.array_file import compute_checksum, create_array, map_array
 from tuner.data.cache import budget_bytes, make_room, reclaimable_bytes, reporting_storage, touch
 from tuner.data.decode_pool import decode_files, decode_in_threads
 from tuner.data.decode_process import Target
@@ -103,6 +105,7 @@ def open_store(
     interpolation: str,
     n_threads: int = 1,
     min_files_for_processes: int = MIN_FILES_FOR_PROCESSES,
+    verify: bool = True,
     on_progress: Progress | None = None,
 ) -> PixelStore:
     """Return decoded images, from the cache if they are there.
@@ -116,6 +119,7 @@ def open_store(
         interpolation: A key of ``decode.RESAMPLING``.
         n_threads: Images decoded at a time.
         min_files_for_processes: So many files are decoded in processes instead of threads, which finish sooner.
+        verify: Compare what is there with its checksum, about a second per GB, and decode anew what is damaged.
         on_progress: Called with the number of decoded images and of all.
 
     Raises:
@@ -127,10 +131,10 @@ def open_store(
         return PixelStore(pixels=np.empty(job.shape(0), dtype=np.uint8), rows=job.rows, bad=())
     crew = _Crew(n_threads=n_threads, min_files_for_processes=min_files_for_processes, on_progress=on_progress)
     path = _place(job)
-    store = _read_store(path, job)
+    store = _read_store(path, job, verify=verify)
     if store is None:
         with reporting_storage(path.parent), locked(path):
-            store = _read_store(path, job)  # another process may have been faster
+            store = _read_store(path, job, verify=verify)  # another process may have been faster
             if store is None:
                 _build_store(path, job, crew)
                 store = _read_store(path, job)
@@ -188,13 +192,15 @@ def _place(job: _Job) -> Path:
     return cache_root() / "pixels" / f"{job.hash_key()}.npy"
 
 
-def _read_store(path: Path, job: _Job) -> PixelStore | None:
-    """Return the store at ``path``, or None if there is none that fits the job."""
+def _read_store(path: Path, job: _Job, *, verify: bool = False) -> PixelStore | None:
+    """Return the store at ``path``, or None if there is none that fits the job and has the bytes that were written."""
     try:
         facts = json.loads(_sidecar(path).read_text(encoding="utf-8"))
         bad = {int(position): reason for position, reason in facts["bad"].items()}
         with path.open("rb") as file:
             pixels = map_array(file, np.uint8, job.shape(len(bad)))
+            if verify and facts["checksum"] != _compute_checksum(file, bad):
+                return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     good = np.delete(np.arange(len(job.rows)), list(bad))
@@ -233,8 +239,15 @@ def _build_store(path: Path, job: _Job, crew: _Crew) -> None:
             _drop_rows(temporary, pixels, bad)
         pixels.flush()
         del pixels
+        with temporary.open("rb") as file:
+            facts = {"text": job.text, "bad": bad, "checksum": _compute_checksum(file, bad)}
         with replacing(_sidecar(path)) as sidecar:
-            sidecar.write_text(json.dumps({"text": job.text, "bad": bad}), encoding="utf-8")
+            sidecar.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _compute_checksum(file: IO[bytes], bad: dict[int, str]) -> int:
+    """Return what neither other pixels nor other positions of bad images, which shift the rows, leave as it is."""
+    return compute_checksum(file, start=zlib.crc32(json.dumps(bad).encode()))
 
 
 def _check_disk(folder: Path, needed: int, reclaimable: int = 0) -> None:

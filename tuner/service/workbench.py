@@ -51,6 +51,7 @@ class Workbench:
                     (split,),
                     interpolation=interpolation,
                     n_threads=self.n_threads,
+                    verify=False,  # whoever prepared the images has
                 )
                 for split in (Split.TRAIN, Split.VAL)
             )

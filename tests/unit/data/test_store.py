@@ -100,6 +100,29 @@ def test_open_store_rebuilds_a_broken_cache(tmp_path: Path, cache: Path) -> None
     assert len(open_all(section).rows) == 10
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_open_store_decodes_anew_what_a_disk_has_changed(tmp_path: Path, cache: Path, verify: bool) -> None:
+    """One flipped bit among the pixels; looking for it costs a read, which one worker does for all."""
+    section = make_section(write_data(tmp_path / "data"))
+    expected = open_all(section).pixels.copy()
+    (path,) = (cache / "pixels").glob("*.npy")
+    flipped = bytearray(path.read_bytes())
+    flipped[-5] ^= 4
+    path.write_bytes(flipped)
+    assert (open_all(section, verify=verify).pixels == expected).all() == verify
+
+
+def test_open_store_decodes_anew_under_another_list_of_bad_images(tmp_path: Path, cache: Path) -> None:
+    """As many, but others: every label behind the first of them would belong to the image before."""
+    folder = write_data(tmp_path / "data")
+    sorted(folder.rglob("*.png"))[3].write_bytes(b"no image")
+    section = make_section(folder, max_bad_fraction=0.5)
+    expected = open_all(section).rows.tolist()
+    (sidecar,) = (cache / "pixels").glob("*.json")
+    sidecar.write_text(sidecar.read_text().replace('"3":', '"7":'))
+    assert open_all(section).rows.tolist() == expected
+
+
 def test_open_store_sweeps_what_killed_processes_left(tmp_path: Path, cache: Path) -> None:
     """A worker killed while it decodes leaves a file as large as the whole store; it is not left for ever."""
     section = make_section(write_data(tmp_path / "data"))
