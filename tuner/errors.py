@@ -69,6 +69,10 @@ class StorageError(TunerError):
     exit_code = 8
 
 
+class StorageBusyError(StorageError):
+    """The database cannot be used now, but may be soon: it is locked, or its disk is full. A run tries again."""
+
+
 class DeviceError(TunerError):
     """The device does not exist or is busy."""
 

@@ -93,7 +93,7 @@ def test_flush_that_fails_is_an_error_of_the_storage(tmp_path: Path) -> None:
     """The user reads what is the matter with the file, without a traceback."""
     with open_mirror(tmp_path):
         pass
-    match = r"storage: must stay readable and writable, got .*studies\.db: .*database is locked"
+    match = r"storage: must not be locked by another program, got .*studies\.db: database is locked; end what holds it"
     with pytest.raises(StorageError, match=match), use_storage(make_url(tmp_path)) as storage:  # noqa: PT012
         sqlalchemy.event.listen(storage.engine, "connect", lambda raw, _: raw.execute("PRAGMA busy_timeout=20"))
         storage.engine.dispose()

@@ -7,7 +7,8 @@ from importlib.metadata import version
 import click
 
 from tuner.cli.cache import cache
-from tuner.cli.results import best, delete, list_, show, status, trials
+from tuner.cli.options import as_printable
+from tuner.cli.results import backup, best, delete, list_, show, status, trials
 from tuner.cli.searching import check, dashboard, init, run
 from tuner.cli.using import predict, train
 from tuner.errors import EXIT_SIGINT, TunerError
@@ -31,7 +32,7 @@ def cli() -> None:
     """
 
 
-for command in (init, check, run, list_, status, trials, show, best, train, predict, delete, dashboard, cache):
+for command in (init, check, run, list_, status, trials, show, best, train, predict, delete, backup, dashboard, cache):
     cli.add_command(command)
 
 
@@ -49,7 +50,7 @@ def run_command(arguments: list[str]) -> int:
         return error.exit_code
     except TunerError as error:
         for line in str(error).splitlines():
-            click.echo(line if line.startswith(" ") else f"error: {line}", err=True)
+            click.echo(as_printable(line if line.startswith(" ") else f"error: {line}"), err=True)
         return error.exit_code
     except click.Abort as error:
         if isinstance(error.__cause__, KeyboardInterrupt):

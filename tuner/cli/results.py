@@ -1,8 +1,10 @@
-"""Commands that read, or delete, what studies have found."""
+"""Commands that read, copy or delete what studies have found."""
 
 import csv
 import io
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 import click
@@ -143,3 +145,25 @@ def delete(study: str, storage: str | None, yes: bool) -> None:
         click.confirm(f"Delete study {study!r} with {n_trials} trials from {found.storage}?", abort=True)
     delete_study(study, storage)
     click.echo(f"deleted {study!r}")
+
+
+@click.command()
+@click.argument("dest", type=click.Path(path_type=Path))
+@storage_option
+@click.option("--force", is_flag=True, help="Replace DEST if it exists.")
+def backup(dest: Path, storage: str | None, force: bool) -> None:
+    """Copy the database into one file, also while studies run. Kept models are not copied.
+
+    \b
+    Example:
+      tuner backup monday.db
+      tuner list --storage sqlite:///monday.db
+    """
+    from tuner.search.backup import back_up
+    from tuner.search.storage import files_folder, resolve_url
+
+    url = resolve_url(storage)
+    copy = back_up(url, dest, force=force)
+    click.echo(f"wrote {copy.path}: {copy.n_studies} studies, {copy.n_bytes / 1e6:.1f} MB, checked")
+    click.echo(f"the models in {files_folder(url)} are not in it")
+    click.echo(f"use it: {shlex.join(['tuner', 'list', '--storage', f'sqlite:///{copy.path}'])}")

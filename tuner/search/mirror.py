@@ -6,7 +6,8 @@ trials again at every turn; trials of a cohort, which train in milliseconds, wou
 
 import copy
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
@@ -16,6 +17,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StorageError
+from tuner.search.patience import Patience
 from tuner.search.trial_rows import TrialRows
 
 
@@ -27,8 +29,11 @@ class MirrorStorage(BaseStorage):
     Attributes are kept as JSON gives them back, so that every reader sees what this process sees.
     """
 
-    def __init__(self, storage: RDBStorage, study_name: str) -> None:
+    def __init__(self, storage: RDBStorage, study_name: str, patience: Patience | None = None) -> None:
         self._storage = storage
+        self._patience = patience
+        self._path = Path(storage.engine.url.database or "")
+        self._file = _identify(self._path)
         self._study_id = storage.get_study_id_from_name(study_name)
         self._memory = InMemoryStorage()
         self._memory_id = self._memory.create_new_study(storage.get_study_directions(self._study_id), study_name)
@@ -47,10 +52,33 @@ class MirrorStorage(BaseStorage):
         """Write what happened to trials since the last flush, in one transaction; if that fails, the next one has it.
 
         Raises:
-            sqlalchemy.exc.SQLAlchemyError: If the database cannot be written.
-            StorageError: If another program deleted the study, or added trials to it.
+            sqlalchemy.exc.SQLAlchemyError: If the database cannot be written, and there is no patience.
+            StorageError: If it cannot be written for longer than the patience; if another program deleted the study,
+                added trials to it, or put another file in the database's place.
         """
+        self._keep_trying(self._write)
+
+    def _write(self) -> None:
+        self._check_file()
         self._rows.write(self._storage.engine)
+
+    def _keep_trying(self, action: Callable[[], None]) -> None:
+        if self._patience is None:
+            action()
+        else:
+            self._patience.keep_trying(action)
+
+    def _check_file(self) -> None:
+        """Refuse to write a file that is no longer the one at the database's path: nobody would find it."""
+        if _identify(self._path) == self._file:
+            return
+        with self._storage.engine.connect() as connection:
+            # What is left in our WAL would flow into the file that took the place of ours.
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        raise StorageError(
+            f"storage: the database of a run must stay in its place, got {self._path} removed or replaced; "
+            "put it back, then run the same command again"
+        )
 
     # --- the study: passed through ---
 
@@ -64,11 +92,11 @@ class MirrorStorage(BaseStorage):
 
     def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
         """Write at once."""
-        self._storage.set_study_user_attr(study_id, key, value)
+        self._keep_trying(lambda: self._storage.set_study_user_attr(study_id, key, value))
 
     def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
         """Write at once."""
-        self._storage.set_study_system_attr(study_id, key, value)
+        self._keep_trying(lambda: self._storage.set_study_system_attr(study_id, key, value))
 
     def get_study_id_from_name(self, study_name: str) -> int:
         """Return the id in the database."""
@@ -185,3 +213,12 @@ class MirrorStorage(BaseStorage):
     def _check_distribution(self, name: str, distribution: BaseDistribution) -> None:
         if name in self._distributions:
             check_distribution_compatibility(self._distributions[name], distribution)
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another one at its path; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino

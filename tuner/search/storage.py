@@ -11,19 +11,22 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 
 from tuner.errors import StorageError
+from tuner.search.patience import ATTEMPT_SECONDS, Patience
+from tuner.search.storage_errors import explain_failures
+from tuner.search.urls import mask_secrets
 
 DEFAULT_URL = "sqlite:///studies.db"
-_BUSY_SECONDS = 60
+_BUSY_SECONDS = 60.0
+_SLUG_BYTES = 120
 
 
 def resolve_url(given: str | None = None, from_spec: str | None = None) -> str:
@@ -38,7 +41,7 @@ def find_database(url: str) -> Path:
         StorageError: If the URL is none, or names no file.
     """
     expected = f"storage: must be an SQLite URL such as {DEFAULT_URL}"
-    shown = repr(re.sub(r"//[^/]*@", "//***@", url))  # a password must not be printed, however wrong the URL is
+    shown = repr(mask_secrets(url))
     try:
         parsed = make_url(url)
     except (sqlalchemy.exc.ArgumentError, ValueError):
@@ -47,84 +50,139 @@ def find_database(url: str) -> Path:
         raise StorageError(f"{expected}, got {shown}")
     if not parsed.database or parsed.database == ":memory:":
         raise StorageError(f"{expected}, got {shown}, which keeps nothing")
+    if parsed.username or parsed.password or parsed.host or parsed.query:  # they would be stored and printed
+        raise StorageError(f"{expected}, without user, host or options, got {shown}")
     return Path(parsed.database).absolute()
 
 
-def open_storage(url: str, *, create: bool = False) -> RDBStorage:
+def open_storage(url: str, *, create: bool = False, busy_seconds: float = _BUSY_SECONDS) -> RDBStorage:
     """Open a database.
 
     Args:
         url: An SQLite URL; relative paths are relative to the working directory.
-        create: Make the file and its schema if it is not there. Call it in one process only, under a lock.
+        create: Make the file and its schema if it is not there, and check that it can be written. Call it in one
+            process only, under a lock.
+        busy_seconds: How long one statement waits for another program's lock.
 
     Raises:
         StorageError: If the file is missing, unreadable, not writable, or of another program.
     """
     path = find_database(url)
-    if not create and not path.is_file():
-        raise StorageError(f"storage: no database at {path}; 'tuner run STUDY_FILE' makes one, --storage names another")
     if create:
-        _prepare_file(path)
+        _prepare_file(path, busy_seconds)
     else:
-        _check_owner(path)
-    storage = _connect(path, create=create)
-    sqlalchemy.event.listen(storage.engine, "connect", _set_pragmas)
-    storage.engine.dispose()  # so that every connection meets the listener
+        check_owner(path, busy_seconds)
+    storage = _connect(path, create=create, busy_seconds=busy_seconds)
+    storage.remove_session()
+    storage.engine.dispose()  # so that every connection meets the listener, and none is in the way of WAL
+    if create:
+        _check_writing(path, busy_seconds)
+
+    def set_pragmas(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(f"PRAGMA busy_timeout={busy_seconds * 1000:.0f}")
+
+    sqlalchemy.event.listen(storage.engine, "connect", set_pragmas)
     return storage
 
 
 @contextmanager
-def use_storage(url: str, *, create: bool = False) -> Iterator[RDBStorage]:
-    """Open a database for a block, and close it after; arguments and errors as for ``open_storage``.
+def use_storage(
+    url: str, *, create: bool = False, busy_seconds: float = _BUSY_SECONDS, patience: Patience | None = None
+) -> Iterator[RDBStorage]:
+    """Open a database for a block, and close it after.
+
+    Args:
+        url: As for ``open_storage``.
+        create: The same.
+        busy_seconds: The same.
+        patience: Waits for a database that cannot be opened now, in short attempts between which signals are heard.
 
     Raises:
-        StorageError: Also if the database fails later, inside the block.
+        StorageError: As ``open_storage``; also if the database fails later, inside the block.
     """
-    storage = open_storage(url, create=create)
+    if patience is None:
+        storage = open_storage(url, create=create, busy_seconds=busy_seconds)
+    else:
+        storage = patience.keep_trying(lambda: open_storage(url, create=create, busy_seconds=ATTEMPT_SECONDS))
     try:
-        yield storage
-    except (StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise StorageError(f"storage: must stay readable and writable, got {find_database(url)}: {reason}") from error
+        with explain_failures(find_database(url)):
+            yield storage
     finally:
         storage.remove_session()
         storage.engine.dispose()
 
 
-def _connect(path: Path, *, create: bool) -> RDBStorage:
+def _connect(path: Path, *, create: bool, busy_seconds: float) -> RDBStorage:
     try:
-        return RDBStorage(
-            # Not an f-string: "?" and "#" may stand in a path.
-            sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(),
-            engine_kwargs={"connect_args": {"timeout": _BUSY_SECONDS}},
-            skip_table_creation=not create,
-        )
-    except (RuntimeError, sqlalchemy.exc.SQLAlchemyError) as error:
+        with explain_failures(path):
+            return _make_storage(path, create=create, busy_seconds=busy_seconds)
+    except RuntimeError as error:
         raise StorageError(f"storage: must be a database that Optuna 5 can use, got {path}: {error}") from error
 
 
-def _set_pragmas(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA synchronous=NORMAL")
-    connection.execute(f"PRAGMA busy_timeout={_BUSY_SECONDS * 1000}")
+def _make_storage(path: Path, *, create: bool, busy_seconds: float) -> RDBStorage:
+    return RDBStorage(
+        # Not an f-string: "?" and "#" may stand in a path.
+        sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string(),
+        engine_kwargs={"connect_args": {"timeout": busy_seconds}},
+        skip_table_creation=not create,
+    )
 
 
-def _prepare_file(path: Path) -> None:
-    """Check that the file can be ours, and switch it to WAL."""
+def _prepare_file(path: Path, busy_seconds: float) -> None:
+    """Check that the file can be ours, and make it if it is not there."""
     if not path.parent.is_dir():
         raise StorageError(f"storage: must lie in a folder that exists, got {path}")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise StorageError(f"storage: must be writable, got {path}; choose another file with --storage")
     if path.exists():
-        _check_owner(path)
-    with _sqlite(path) as connection:
-        mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-    if mode != "wal":
-        raise StorageError(f"storage: must lie on a local disk that allows SQLite's WAL, got {path}")
+        check_owner(path, busy_seconds)
+    else:
+        _make_file(path)
 
 
-def _check_owner(path: Path) -> None:
-    """Refuse a file that is no SQLite database, or one in which another program keeps its tables."""
-    with _sqlite(path) as connection:
+def _make_file(path: Path) -> None:
+    """Make the schema aside and move it into place: a kill must not leave half a schema, which nobody can use."""
+    aside = path.with_name(f".{path.name}.new")
+    remove_database(aside)
+    try:
+        with explain_failures(path):
+            storage = _make_storage(aside, create=True, busy_seconds=_BUSY_SECONDS)
+            storage.remove_session()
+            storage.engine.dispose()
+        if not path.exists():
+            aside.rename(path)
+    finally:
+        remove_database(aside)
+
+
+def remove_database(path: Path) -> None:
+    """Remove a database that nobody uses, with the files that SQLite keeps beside it."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _check_writing(path: Path, busy_seconds: float) -> None:
+    """Switch a database to WAL, and write one page as it is: only that shows that file, WAL and disk take a write."""
+    with _sqlite(path, busy_seconds) as connection:
+        if connection.execute("PRAGMA journal_mode=WAL").fetchone()[0] != "wal":
+            raise StorageError(f"storage: must lie on a local disk that allows SQLite's WAL, got {path}")
+        connection.execute("BEGIN IMMEDIATE")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        connection.execute(f"PRAGMA user_version={version}")
+        connection.execute("COMMIT")
+
+
+def check_owner(path: Path, busy_seconds: float = _BUSY_SECONDS) -> None:
+    """Refuse what is not there, no SQLite database, or one in which another program keeps its tables.
+
+    Raises:
+        StorageError: If it is one of these.
+    """
+    if not path.exists():
+        raise StorageError(f"storage: no database at {path}; 'tuner run STUDY_FILE' makes one, --storage names another")
+    with _sqlite(path, busy_seconds) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if tables and not {"studies", "trials", "version_info"} <= tables:
         listed = ", ".join(sorted(tables)[:3])
@@ -134,15 +192,9 @@ def _check_owner(path: Path) -> None:
 
 
 @contextmanager
-def _sqlite(path: Path) -> Iterator[sqlite3.Connection]:
-    try:
-        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS)
-        try:
-            yield connection
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise StorageError(f"storage: must be an SQLite database that can be used, got {path}: {error}") from error
+def _sqlite(path: Path, busy_seconds: float) -> Iterator[sqlite3.Connection]:
+    with explain_failures(path), closing(sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)) as opened:
+        yield opened
 
 
 def files_folder(url: str) -> Path:
@@ -154,6 +206,7 @@ def files_folder(url: str) -> Path:
 def study_slug(name: str) -> str:
     """Return a file name for a study: its readable characters, and a hash where that is not the whole name."""
     readable = "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:60]
+    readable = readable.encode()[:_SLUG_BYTES].decode(errors="ignore")  # a file name has 255 bytes, not characters
     # A name that looks like another one's slug gets a hash as well.
     if readable == name and not re.search(r"-[0-9a-f]{8}$", name):
         return name
@@ -194,10 +247,11 @@ def _try_lock(descriptor: int, *, wait: bool) -> bool:
 
 def schema_lock_path(url: str) -> Path:
     """Return the lock that is held while a database is made."""
-    return find_database(url).with_name(f"{find_database(url).name}.lock")
+    path = find_database(url).resolve()
+    return path.with_name(f"{path.name}.lock")
 
 
 def study_lock_path(url: str, study_name: str) -> Path:
-    """Return the lock that is held while a study runs."""
-    path = find_database(url)
+    """Return the lock that is held while a study runs, the same one through every link to the database."""
+    path = find_database(url).resolve()
     return path.with_name(f"{path.name}.{study_slug(study_name)}.lock")

@@ -15,9 +15,11 @@ from tuner.errors import StudyError
 from tuner.search.backbone_sampler import make_screened_sampler
 from tuner.search.distributions import count_grid, make_distributions
 from tuner.search.mirror import MirrorStorage
+from tuner.search.patience import Patience
 from tuner.search.pruners import make_pruner, make_screened_pruner
 from tuner.search.samplers import make_sampler
 from tuner.search.screening import is_screen
+from tuner.search.urls import mask_secrets
 from tuner.spec.sections import StudySpec
 from tuner.spec.suggestions import did_you_mean
 
@@ -90,8 +92,12 @@ def direction_of(spec: StudySpec) -> Literal["minimize", "maximize"]:
     return "minimize" if spec.study.objective == "val_loss" else "maximize"
 
 
-def open_study(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
-    """Make the study of a spec, or resume it if it is stored and the same.
+def open_study(
+    storage: RDBStorage, spec: StudySpec, facts: StudyFacts, patience: Patience | None = None
+) -> StoredStudy:
+    """Make the study of a spec, or resume it if it is stored and the same. After a failure it can be called again.
+
+    What the study writes later waits with the ``patience`` for a database that cannot be written; None: not at all.
 
     Raises:
         StudyError: If a stored study of this name differs in what its results depend on.
@@ -99,24 +105,31 @@ def open_study(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> Store
     try:
         study = optuna.create_study(storage=storage, study_name=spec.study.name, direction=direction_of(spec))
     except DuplicatedStudyError:
-        return _resume(storage, spec, facts)
+        return _resume(storage, spec, facts, patience)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.set_metric_names([spec.study.objective])
     study.set_user_attr(FACTS_ATTR, facts.to_json())
     # Written last: a study without it was cut off while it was made, and is made again.
-    study.set_user_attr(SPEC_ATTR, spec.model_dump_json())
-    return _equip(storage, spec, facts)
+    study.set_user_attr(SPEC_ATTR, _write_spec(spec))
+    return _equip(storage, spec, facts, patience)
 
 
-def _resume(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
+def _resume(storage: RDBStorage, spec: StudySpec, facts: StudyFacts, patience: Patience | None) -> StoredStudy:
     study = optuna.load_study(storage=storage, study_name=spec.study.name)
     if _was_cut_off(study):
         optuna.delete_study(storage=storage, study_name=spec.study.name)
-        return open_study(storage, spec, facts)
+        return open_study(storage, spec, facts, patience)
     stored = _read_same(study, spec, facts)
-    study.set_user_attr(SPEC_ATTR, spec.model_dump_json())
-    return _equip(storage, spec, stored.facts)
+    study.set_user_attr(SPEC_ATTR, _write_spec(spec))
+    return _equip(storage, spec, stored.facts, patience)
+
+
+def _write_spec(spec: StudySpec) -> str:
+    """Return a spec as it is stored: its storage's URL may be another one's than this, and hold a password."""
+    storage = None if spec.study.storage is None else mask_secrets(spec.study.storage)
+    section = spec.study.model_copy(update={"storage": storage})
+    return spec.model_copy(update={"study": section}).model_dump_json()
 
 
 def _was_cut_off(study: optuna.Study) -> bool:
@@ -158,9 +171,9 @@ def check_stored(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> int
     return counts["COMPLETE"] + counts["PRUNED"]
 
 
-def _equip(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> StoredStudy:
+def _equip(storage: RDBStorage, spec: StudySpec, facts: StudyFacts, patience: Patience | None) -> StoredStudy:
     """Load a study to run it: over a mirror, with its sampler and pruner."""
-    mirror = MirrorStorage(storage, spec.study.name)
+    mirror = MirrorStorage(storage, spec.study.name, patience)
     n_stored = mirror.get_n_trials(mirror.get_study_id_from_name(spec.study.name))
     is_screened = spec.search.screen > 0
     sample_with = make_screened_sampler if is_screened else make_sampler
@@ -254,7 +267,7 @@ def count_wanted(stored: StoredStudy) -> int:
 
 def store_spec(stored: StoredStudy) -> None:
     """Write the spec of a study that goes on with other free keys, such as another number of trials."""
-    stored.study.set_user_attr(SPEC_ATTR, stored.spec.model_dump_json())
+    stored.study.set_user_attr(SPEC_ATTR, _write_spec(stored.spec))
 
 
 def count_states(study: optuna.Study) -> dict[str, int]:

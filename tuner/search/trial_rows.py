@@ -98,6 +98,8 @@ class TrialRows:
         if not self._trials and not any(self._parts.values()):
             return
         with engine.begin() as connection:
+            # At once, so that what is checked first still holds when the rows are written.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
             self._check_study(connection)
             trial_ids = self._trial_ids | self._write_trials(connection)
             for table, rows in self._parts.items():

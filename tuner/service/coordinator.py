@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from optuna.storages import RDBStorage
 
-from tuner.errors import EXIT_SIGTERM, StorageError, StudyError
+from tuner.errors import EXIT_SIGTERM, StorageBusyError, StorageError, StudyError
+from tuner.search.patience import ATTEMPT_SECONDS, Patience
 from tuner.search.storage import (
     find_database,
     hold_lock,
@@ -18,7 +19,7 @@ from tuner.search.storage import (
     use_storage,
 )
 from tuner.search.studies import StoredStudy, find_best, find_changes, load_stored, open_study, store_spec
-from tuner.service.pool import Pool
+from tuner.service.pool import WORKER_MODULE, Pool
 from tuner.service.progress import ActivityChanged, Display, Noted, SilentDisplay
 from tuner.service.result import StudyStatus, is_finished, read_status
 from tuner.service.scouting import collect_facts, scout_study
@@ -28,7 +29,12 @@ from tuner.spec.sections import StudySpec
 
 
 def run_study(
-    spec: StudySpec, *, storage: str | None = None, n_workers: int | None = None, display: Display | None = None
+    spec: StudySpec,
+    *,
+    storage: str | None = None,
+    n_workers: int | None = None,
+    display: Display | None = None,
+    worker_module: str = WORKER_MODULE,
 ) -> StudyStatus:
     """Run a study to its number of trials, resuming what the storage holds of it.
 
@@ -37,6 +43,7 @@ def run_study(
         storage: SQLite URL; default: the spec's, ``TUNER_STORAGE``, or ``sqlite:///studies.db``.
         n_workers: Workers to start; default: one per CUDA device (times ``per_device``), or one per CPU core.
         display: What the user sees; default: nothing.
+        worker_module: As for ``Pool``.
 
     Returns:
         The study's status. Its ``stopped_by`` says whether a signal or the timeout ended the run early.
@@ -49,13 +56,13 @@ def run_study(
     """
     url = resolve_url(storage, spec.study.storage)
     deadline = math.inf if spec.search.timeout is None else time.monotonic() + spec.search.timeout
-    with _open_alone(url, spec.study.name) as opened, display or SilentDisplay() as shown:
-        if (finished := _find_finished(opened, spec)) is not None:
+    with display or SilentDisplay() as shown, _open_alone(url, spec.study.name, shown) as opened:
+        if (finished := _be_patient(url, shown).keep_trying(lambda: _find_finished(opened, spec))) is not None:
             return read_status(finished, url)
         with (
             _hide_cuda(spec) as environment,
             StopSignals() as signals,
-            Pool(environment, stall_limit=spec.workers.stall_limit) as pool,
+            Pool(environment, stall_limit=spec.workers.stall_limit, worker_module=worker_module) as pool,
         ):
             shown.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
             scouted = scout_study(pool, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
@@ -64,12 +71,23 @@ def run_study(
             shown.show(ActivityChanged(worker=0, text=""))
             for note in scouted.description.notes:
                 shown.show(Noted(text=note))
-            stored = open_study(opened, spec, collect_facts(scouted.description))
+            patience = _be_patient(url, shown, signals)
+            facts = collect_facts(scouted.description)
+            stored = patience.keep_trying(lambda: open_study(opened, spec, facts, patience))
             return SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals, deadline=deadline).run()
 
 
+def _be_patient(url: str, display: Display, signals: StopSignals | None = None) -> Patience:
+    """Return how a run waits for its database; without signals to look at, Ctrl-C interrupts by itself."""
+    return Patience(
+        find_database(url),
+        note=lambda text: display.show(Noted(text=text)),
+        must_stop=lambda: signals is not None and signals.received is not None,
+    )
+
+
 @contextmanager
-def _open_alone(url: str, study_name: str) -> Iterator[RDBStorage]:
+def _open_alone(url: str, study_name: str, display: Display) -> Iterator[RDBStorage]:
     """Open the storage as the only run of a study."""
     database = find_database(url)
     if not database.parent.is_dir():
@@ -77,10 +95,19 @@ def _open_alone(url: str, study_name: str) -> Iterator[RDBStorage]:
     with hold_lock(study_lock_path(url, study_name)) as is_free:
         if not is_free:
             raise StudyError(f"study {study_name!r}: must not be running already; another 'tuner run' holds it")
-        with hold_lock(schema_lock_path(url), wait=True), use_storage(url, create=True):
-            pass
-        with use_storage(url) as storage:
+        patience = _be_patient(url, display)
+        patience.keep_trying(lambda: _make_ready(url))
+        with use_storage(url, patience=patience) as storage:
             yield storage
+
+
+def _make_ready(url: str) -> None:
+    """Make the database if it is not there, and check that it can be written."""
+    with hold_lock(schema_lock_path(url)) as is_free:
+        if not is_free:
+            raise StorageBusyError(f"storage: must not be made by two at once, got {schema_lock_path(url)} locked")
+        with use_storage(url, create=True, busy_seconds=ATTEMPT_SECONDS):
+            pass
 
 
 def _find_finished(storage: RDBStorage, spec: StudySpec) -> StoredStudy | None:

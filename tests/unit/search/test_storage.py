@@ -251,3 +251,12 @@ def test_open_storage_takes_paths_with_the_characters_of_urls(tmp_path: Path) ->
     with sqlite3.connect(folder / "studies.db") as connection:
         assert connection.execute("SELECT study_name FROM studies").fetchall() == [("here",)]
     connection.close()
+
+
+def test_lock_paths_are_the_same_through_a_link(tmp_path: Path) -> None:
+    """Two runs that name one database differently exclude each other all the same."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "studies.db").symlink_to(tmp_path / "studies.db")
+    linked, direct = make_url(tmp_path / "folder"), make_url(tmp_path)
+    assert study_lock_path(linked, "a") == study_lock_path(direct, "a")
+    assert schema_lock_path(linked) == schema_lock_path(direct)

@@ -1,0 +1,55 @@
+"""What SQLite says when it fails, in words for the user, and whether it may pass."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+
+from tuner.errors import StorageBusyError, StorageError
+
+_AGAIN = "then run the same command again"
+_WORDS = {
+    sqlite3.SQLITE_BUSY: ("must not be locked by another program", f"end what holds it, {_AGAIN}"),
+    sqlite3.SQLITE_LOCKED: ("must not be locked by another program", f"end what holds it, {_AGAIN}"),
+    sqlite3.SQLITE_FULL: ("must have room on its disk", f"make room, {_AGAIN}"),
+    sqlite3.SQLITE_IOERR: ("must lie on a disk with room that can be read and written", f"see to the disk, {_AGAIN}"),
+    sqlite3.SQLITE_READONLY: ("must be writable, with its folder", "allow it, or choose another with --storage"),
+    sqlite3.SQLITE_CORRUPT: ("must be undamaged", "go on with a copy that 'tuner backup' made"),
+}
+"""By SQLite's primary result code: what must hold, and what to do."""
+_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+
+
+@contextmanager
+def explain_failures(path: Path) -> Iterator[None]:
+    """Turn what SQLite, SQLAlchemy and Optuna raise in a block about a database into one line.
+
+    Raises:
+        StorageBusyError: If the same may work soon: a lock, a full disk, a disk that failed once.
+        StorageError: If it will not.
+    """
+    try:
+        yield
+    except (sqlite3.Error, sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: Exception, path: Path) -> StorageError:
+    cause = _find_cause(error)
+    code = (getattr(cause, "sqlite_errorcode", None) or 0) & 0xFF  # the low byte of an extended code
+    reason = str(cause).splitlines()[0]
+    if code not in _WORDS:
+        return StorageError(f"storage: must be an SQLite database that can be used, got {path}: {reason}")
+    must, advice = _WORDS[code]
+    kind = StorageBusyError if code in _PASSING else StorageError
+    return kind(f"storage: {must}, got {path}: {reason}; {advice}")
+
+
+def _find_cause(error: BaseException) -> BaseException:
+    """Return what SQLite itself raised, below what SQLAlchemy and Optuna made of it."""
+    while not isinstance(error, sqlite3.Error) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
