@@ -13,7 +13,8 @@ from tuner.search.storage import hold_lock, resolve_url, study_lock_path, use_st
 from tuner.search.studies import StoredStudy, delete_stored, load_stored
 from tuner.search.summaries import StudySummary, list_studies
 from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
-from tuner.service.kept_models import remove_models
+from tuner.service.checkpoints import remove_checkpoints
+from tuner.service.kept_models import remove_halves, remove_models
 from tuner.service.result import StudyStatus, read_status
 
 _EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_macro_f1", "seconds")
@@ -145,5 +146,7 @@ def delete_study(study: str, storage: str | None = None) -> None:
         with hold_lock(study_lock_path(url, study)) as is_free:
             if not is_free:
                 raise StudyError(f"study {study!r}: must not be running, a 'tuner run' holds it")
+            remove_halves(url, study)
+            remove_checkpoints(url, study)
             delete_stored(opened, study)
             remove_models(url, study)

@@ -29,6 +29,8 @@ from tuner.search.studies import StoredStudy, find_best
 from tuner.search.trial_attrs import LAYERS_ATTR, PARAMS_ATTR, REASON_ATTR, describe_end
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState, Usage
 
+_FIRST_ATTR = "first_attempt"
+_MAX_RETRIES = 2
 _CONSTRAINTS_KEY = "constraints"
 """Optuna's older key: the only form that both Optuna 5 and its dashboard 0.21 read."""
 
@@ -176,7 +178,7 @@ class TrialBook:
             self._is_exhausted = True
             return None
         trial = self._study.ask(self._distributions)
-        params = self._resolve(trial.number, trial.params)
+        params = self._resolve(_find_origin(trial), trial.params)
         trial.set_user_attr(PARAMS_ATTR, params.to_json())
         trial.set_user_attr(LAYERS_ATTR, params.unfrozen_layers)
         self._running[trial.number] = trial
@@ -199,8 +201,8 @@ class TrialBook:
         for number in numbers:
             self._running[number].set_user_attr("device", device)
 
-    def _resolve(self, number: int, point: Point) -> TrialParams:
-        seed = derive_seed(self._spec.study.seed, "trial", number, bits=63)
+    def _resolve(self, origin: int, point: Point) -> TrialParams:
+        seed = derive_seed(self._spec.study.seed, "trial", origin, bits=63)
         return resolve_params(self._spec, point, self._group_counts, seed=seed)
 
     def _queue_grid_point(self) -> bool:
@@ -261,7 +263,7 @@ class TrialBook:
             _mark_infeasible(self._study, trial)
         is_complete = outcome.state is TrialState.COMPLETE
         value = epochs[-1].objective_value(self._spec.study.objective) if is_complete else None
-        if outcome.reason in {Reason.WORKER_LOST, Reason.COHORT_LOST, Reason.INTERRUPTED}:
+        if outcome.reason and (outcome.reason.may_pass or outcome.reason is Reason.INTERRUPTED):
             self._queue_again(self._find(number), is_suspect=outcome.reason is not Reason.INTERRUPTED)
         self._study.tell(trial, value, state=OptunaState[outcome.state.name])
         self._count(number, outcome.state, value)
@@ -276,12 +278,23 @@ class TrialBook:
         self._running_screen.remove(number)
         self._queue_deeper()
 
+    def origin(self, number: int) -> int:
+        """Return the number of a trial's first attempt; all attempts have their seed and their checkpoint from it."""
+        return _find_origin(self._find(number))
+
+    @property
+    def open_origins(self) -> frozenset[int]:
+        """Origins of the trials that run or wait."""
+        states = (OptunaState.RUNNING, OptunaState.WAITING)
+        return frozenset(map(_find_origin, self._study.get_trials(deepcopy=False, states=states)))
+
     def _queue_again(self, trial: FrozenTrial, *, is_suspect: bool = False) -> None:
-        """Queue a lost trial's point as a new trial; once only where the point itself may be at fault."""
+        """Queue a lost trial's point as a new trial; twice at most where the point itself may be at fault."""
         attempt = trial.user_attrs.get("attempt", 0)
-        if trial.params and not (is_suspect and attempt > 0):
+        if trial.params and not (is_suspect and attempt >= _MAX_RETRIES):
             purpose = {key: value for key, value in trial.user_attrs.items() if key in {SCREEN_ATTR, DEEPER_ATTR}}
-            self._enqueue(trial.params, purpose | {"retry_of": trial.number, "attempt": attempt + is_suspect})
+            history = {_FIRST_ATTR: _find_origin(trial), "retry_of": trial.number, "attempt": attempt + is_suspect}
+            self._enqueue(trial.params, purpose | history)
 
     def _find(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
@@ -290,6 +303,10 @@ class TrialBook:
     def running_numbers(self) -> tuple[int, ...]:
         """Numbers of the trials that were asked and not told."""
         return tuple(self._running)
+
+
+def _find_origin(trial: Trial | FrozenTrial) -> int:
+    return int(trial.user_attrs.get(_FIRST_ATTR, trial.number))
 
 
 def _freeze(point: Point) -> tuple[tuple[str, Any], ...]:

@@ -9,7 +9,6 @@ from tuner.errors import SearchError
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
 from tuner.service.failures import FailureCount, blame_loss
-from tuner.service.kept_models import model_folder, remove_halves, remove_models
 from tuner.service.messages import (
     Alive,
     EpochDone,
@@ -38,6 +37,7 @@ from tuner.service.progress import (
     TrialsStarted,
 )
 from tuner.service.result import StoppedBy, StudyStatus, read_status
+from tuner.service.run_files import RunFiles
 from tuner.service.scouting import TICK_SECONDS, Scouted, start_worker
 from tuner.service.signals import StopSignals
 from tuner.service.supply import Supply
@@ -72,6 +72,7 @@ class SearchLoop:
         self._stored, self._spec, self._url = stored, stored.spec, url
         self._pool, self._display, self._signals = pool, display, signals
         self._book = TrialBook(stored)
+        self._files = RunFiles(url, self._spec.study.name, self._spec.study.objective, self._book)
         self._supply = Supply(self._book, n_trials=self._spec.search.n_trials, deadline=deadline)
         self._data_hash = scouted.description.data_hash
         self._ready = set(scouted.ready)
@@ -81,7 +82,6 @@ class SearchLoop:
         self._busy: dict[int, Prepare | _Training] = {}
         self._events: list[Event] = []  # shown once they are stored
         self._best: tuple[int, float] | None = None
-        self._has_kept = False
         self._failures = FailureCount(self._spec.study.name)
 
     def run(self) -> StudyStatus:
@@ -92,8 +92,7 @@ class SearchLoop:
         """
         if n_orphans := self._book.prepare():
             self._display.show(Noted(text=f"{n_orphans} trials of a killed run are queued again"))
-        remove_halves(self._url, self._spec.study.name)
-        self._remove_old_models()
+        self._files.sweep()
         self._best = self._book.best
         self._display.show(Counted(n_done=self._book.count_finished(), n_trials=self._supply.n_wanted))
         try:
@@ -160,7 +159,15 @@ class SearchLoop:
         members = dict(batch.members)
         limit = self._spec.search.trial_timeout
         self._busy[worker.number] = _Training(members=members, deadline=time.monotonic() + (limit or math.inf))
-        worker.send(Train(data_hash=self._data_hash, members=batch.members, uses_features=batch.uses_features))
+        checkpoint = "" if batch.uses_features else str(self._files.find_checkpoint(batch.members[0][0]))
+        worker.send(
+            Train(
+                data_hash=self._data_hash,
+                members=batch.members,
+                uses_features=batch.uses_features,
+                checkpoint=checkpoint,
+            )
+        )
         self._book.place(members, worker.slot.device if worker.slot else "")
         started = TrialsStarted(worker=worker.number, numbers=tuple(members), params=batch.members[0][1])
         self._display.show(started)
@@ -220,28 +227,17 @@ class SearchLoop:
         epoch = done.results[0][1].epoch
         values = {number: result.objective_value(objective) for number, result in done.results}
         best = self._book.find_new_best(values) if epoch == n_epochs else None
-        worker.send(Verdict(stop=stop) if best is None else self._ask_to_keep(best, values[best]))
+        worker.send(Verdict(stop=stop) if best is None else self._files.ask_to_keep(best, values[best]))
         shown = (min if objective == "val_loss" else max)(values.values())
         self._events.append(EpochReported(worker=worker.number, epoch=epoch, n_epochs=n_epochs, value=shown))
-
-    def _ask_to_keep(self, number: int, value: float) -> Verdict:
-        provenance = {
-            "study": self._spec.study.name,
-            "trial": number,
-            "objective": self._spec.study.objective,
-            "value": value,
-            "trained_on": "train",
-        }
-        folder = model_folder(self._url, self._spec.study.name, number)
-        return Verdict(keep=number, folder=str(folder), provenance=provenance)
 
     def _finish(self, worker: Worker, done: TrialDone) -> None:
         """Tell a trial that ended by itself, by the pruner or by an error."""
         is_screen = self._book.is_screen(done.number)
         value = self._book.tell(done.number, done.outcome, done.usage)
         self._announce(worker, done.number, done.outcome, value)
+        self._files.note_end(kept=done.kept)
         self._release(worker, (done.number,))
-        self._has_kept = self._has_kept or done.kept
         if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
             self._failures.count(done.outcome)
 
@@ -273,9 +269,7 @@ class SearchLoop:
         if self._book.best is not None and self._book.best != self._best:
             self._best = self._book.best
             self._display.show(BestFound(number=self._best[0], value=self._best[1]))
-        if self._has_kept:
-            self._has_kept = False
-            self._remove_old_models()
+        self._files.tidy()
         self._failures.check()
 
     def _lose(self, worker: Worker, *, is_overdue: bool = False) -> None:
@@ -290,6 +284,7 @@ class SearchLoop:
                 for number in members:
                     self._book.tell(number, outcome)
                     self._announce(worker, number, outcome, None)
+                    self._files.note_end(kept=False)
                 self._failures.count(outcome)  # once: it was one accident
             case job:
                 self._failures.count_idle_loss(message)
@@ -297,9 +292,3 @@ class SearchLoop:
                     self._jobs.appendleft(job)
         if worker.slot is not None:
             start_worker(self._pool, self._spec, worker.slot)
-
-    def _remove_old_models(self) -> None:
-        """Keep the best trial's model, and those that are being written."""
-        best = self._book.best
-        spared = self._book.running_numbers if best is None else (best[0], *self._book.running_numbers)
-        remove_models(self._url, self._spec.study.name, keep=spared)

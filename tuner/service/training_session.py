@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 
 import torch
@@ -16,6 +17,7 @@ from tuner.service.messages import Coordinator, EpochDone, Progress, Train, Tria
 from tuner.service.outcomes import blame
 from tuner.service.slots import usable_cores
 from tuner.service.workbench import Workbench
+from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState
@@ -107,11 +109,11 @@ class TrainingSession:
         if self._bench.device.type == "cuda":
             self._heads.release_memory()  # a whole model needs the device's memory more
         for number, params in request.members:
-            self._coordinator.send(self._train_alone(number, params))
+            self._coordinator.send(self._train_alone(number, params, request.checkpoint))
 
-    def _train_alone(self, number: int, params: TrialParams) -> TrialDone:
+    def _train_alone(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
         try:
-            return self._run_trial(number, params)
+            return self._run_trial(number, params, checkpoint)
         except Exception as error:  # noqa: BLE001 - a user's backbone may raise anything, and the search goes on
             outcome = blame(error)
         # Out of the except block: its traceback held on to the trial's tensors.
@@ -120,7 +122,7 @@ class TrainingSession:
             torch.cuda.empty_cache()
         return TrialDone(number=number, outcome=outcome)
 
-    def _run_trial(self, number: int, params: TrialParams) -> TrialDone:
+    def _run_trial(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
         preprocessing = self._bench.preprocess(params.backbone)
         train, val = self._bench.load_images(preprocessing.interpolation)
         job = TrainingJob(
@@ -132,7 +134,11 @@ class TrainingSession:
             device=self._bench.device,
         )
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
-        for result, scores in train_epochs(job):
+        file = self._find_checkpoint(number, params, checkpoint)
+        saved = None if file is None else file.read(job.model)
+        if saved is not None and not self._replay(number, saved):
+            return TrialDone(number=number, outcome=outcome)
+        for result, scores in train_epochs(job, file, saved):
             verdict = self._coordinator.ask_verdict(EpochDone(results=((number, result),)))
             if number in verdict.stop:
                 break
@@ -140,3 +146,20 @@ class TrainingSession:
                 outcome = TrialOutcome(state=TrialState.COMPLETE, report=scores.report)
                 kept = verdict.keep == number and self._bench.keep_model(job.model, params, verdict)
         return TrialDone(number=number, outcome=outcome, kept=kept)
+
+    def _find_checkpoint(self, number: int, params: TrialParams, checkpoint: str) -> CheckpointFile | None:
+        if not checkpoint:
+            return None
+        return CheckpointFile(
+            Path(checkpoint),
+            number=number,
+            identity=identify_trial(params, self._data.hash, self._bench.device),
+            every_seconds=self._spec.workers.checkpoint_every,
+            note=self._bench.note,
+        )
+
+    def _replay(self, number: int, saved: Checkpoint) -> bool:
+        """Report the epochs of an earlier attempt as this one's; return whether the trial goes on."""
+        self._bench.note(f"trial {number} goes on after epoch {len(saved.results)} of trial {saved.number}")
+        verdicts = (self._coordinator.ask_verdict(EpochDone(results=((number, result),))) for result in saved.results)
+        return not any(number in verdict.stop for verdict in verdicts)

@@ -1,7 +1,9 @@
 """What depends on the device: its name, its number formats, its seeds, and how it says that memory is out."""
 
+import random
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from tuner.errors import DeviceError
@@ -40,12 +42,14 @@ in one of two measurements, up to a third slower."""
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch's global generators, which dropout, drop-path and the models' initialisation draw from.
+    """Seed the global generators: torch's, which dropout and drop-path draw from, and those that a user's code may use.
 
     Args:
         seed: In ``[0, 2**63)``.
     """
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - a user's backbone may draw from it, we do not
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -25,6 +25,7 @@ from tuner.training.batches import (
     start_order,
     take_batch,
 )
+from tuner.training.checkpoint import Checkpoint, CheckpointFile, MovingParts
 from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything
 from tuner.training.dropout import draw_kept, start_dropout
 from tuner.training.metrics import Scores, score_logits
@@ -51,14 +52,22 @@ class Diverged(Exception):  # noqa: N818 - the name of what happened to the tria
     """A loss became NaN or infinite; the text is one line for a person."""
 
 
-def train_epochs(job: TrainingJob) -> Generator[tuple[EpochResult, Scores], None, None]:
+def train_epochs(
+    job: TrainingJob, file: CheckpointFile | None = None, saved: Checkpoint | None = None
+) -> Generator[tuple[EpochResult, Scores], None, None]:
     """Train a model and validate it after every epoch.
 
-    The same job gives the same bits again on a CPU, whatever torch drew before. Closing the generator ends the training
-    and leaves the weights of the last step.
+    The same job gives the same bits again on a CPU, whatever torch drew before and whether it was interrupted or not.
+    Closing the generator ends the training and leaves the weights of the last step.
+
+    Args:
+        job: Its model is as it was made, also where a checkpoint is there.
+        file: Where to save now and then; None saves nothing.
+        saved: What ``file`` read for this model; the training goes on after its epochs.
 
     Yields:
-        What an epoch showed, and the scores that make its report on demand; ``job.params.epochs`` times.
+        What an epoch showed, and the scores that make its report on demand, for each epoch of ``job.params.epochs``
+        that had not been trained. Asked for the next one, it may save the last one first.
 
     Raises:
         ValueError: If the job has no validation images.
@@ -66,7 +75,7 @@ def train_epochs(job: TrainingJob) -> Generator[tuple[EpochResult, Scores], None
     """
     if job.val is None:
         raise ValueError("job.val: must hold images, got None; train_only trains without")
-    return _train_and_validate(job, job.val)
+    return _train_and_validate(job, job.val, file, saved)
 
 
 def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None = None) -> None:
@@ -79,8 +88,8 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
     Raises:
         Diverged: If a training loss is not finite.
     """
-    with _dropping_inputs(job):
-        training = _Training(job)
+    training = _Training(job)
+    with _dropping_inputs(job, training.dropout):
         for epoch in range(1, job.params.epochs + 1):
             loss = training.run_epoch(epoch)
             if on_epoch is not None:
@@ -88,17 +97,27 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
     job.model.eval()
 
 
-def _train_and_validate(job: TrainingJob, val: ImageSet) -> Generator[tuple[EpochResult, Scores], None, None]:
-    with _dropping_inputs(job):
-        training = _Training(job)
-        for epoch in range(1, job.params.epochs + 1):
+def _train_and_validate(
+    job: TrainingJob, val: ImageSet, file: CheckpointFile | None, saved: Checkpoint | None
+) -> Generator[tuple[EpochResult, Scores], None, None]:
+    training = _Training(job)
+    results: list[EpochResult] = []
+    if saved is not None:
+        training.parts.put_state(saved.state)
+        results.extend(saved.results)
+    with _dropping_inputs(job, training.dropout):
+        for epoch in range(len(results) + 1, job.params.epochs + 1):
             started = perf_counter()
             train_loss = training.run_epoch(epoch)
             train_seconds = perf_counter() - started
             scores = _validate(job, val, epoch)
             seconds = perf_counter() - started
             speed = training.n_images / train_seconds
-            yield summarise_epoch(epoch, train_loss, scores, seconds=seconds, images_per_second=speed), scores
+            results.append(summarise_epoch(epoch, train_loss, scores, seconds=seconds, images_per_second=speed))
+            yield results[-1], scores
+            # Whoever asks on has not pruned the trial. After the last epoch there is nothing to go on to.
+            if file is not None and file.is_due and epoch < job.params.epochs:
+                file.write(results, training.parts.take_state())
 
 
 class _Training:
@@ -108,7 +127,8 @@ class _Training:
         params = job.params
         seed_everything(params.seed)
         self._job = job
-        self._generator = start_order(params.seed)
+        self._order = start_order(params.seed)
+        self.dropout = start_dropout(params.seed, job.device)
         self._model = job.model.to(job.device).to(memory_format=MEMORY_FORMAT)
         self._dtype = find_dtype(self._model)
         freeze_layers(self._model, params.unfrozen_layers)
@@ -116,6 +136,13 @@ class _Training:
         self._optimizer = build_optimizer(self._model, group_layers(self._model), params)
         self._schedule = build_schedule(
             self._optimizer, n_steps=params.epochs * n_batches, warmup_fraction=params.warmup_fraction
+        )
+        self.parts = MovingParts(
+            model=self._model,
+            optimizer=self._optimizer,
+            schedule=self._schedule,
+            generators={"order": self._order, "dropout": self.dropout},
+            device=job.device,
         )
         self._normalise = build_normaliser(job.preprocessing, job.device, self._dtype)
         self._class_weights = None
@@ -128,7 +155,7 @@ class _Training:
         """Train on every image once; return the mean training loss over the images."""
         self._model.train()
         draws = self._draw_known(epoch)
-        batches = shuffle_batches(self._job.train, self._job.params.batch_size, self._generator)
+        batches = shuffle_batches(self._job.train, self._job.params.batch_size, self._order)
         losses = torch.full((len(batches),), math.nan, device=self._job.device, dtype=self._dtype)
         for step, rows in enumerate(batches):
             losses[step] = self._take_step(rows, draws)
@@ -152,7 +179,7 @@ class _Training:
         params, device = self._job.params, self._job.device
         pixels, labels = take_batch(self._job.train, rows, device, self._dtype)
         if params.augmentation_strength > 0:
-            draws = draw_fresh(len(rows), self._generator) if known_draws is None else known_draws[rows]
+            draws = draw_fresh(len(rows), self._order) if known_draws is None else known_draws[rows]
             pixels = augment(
                 pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
             )
@@ -227,10 +254,9 @@ def summarise_epoch(
 
 
 @contextmanager
-def _dropping_inputs(job: TrainingJob) -> Iterator[None]:
+def _dropping_inputs(job: TrainingJob, generator: torch.Generator) -> Iterator[None]:
     """Drop a share of the classifier's inputs while it trains, besides what the backbone itself drops."""
     dropout = job.params.dropout
-    generator = start_dropout(job.params.seed, job.device)
 
     def drop(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if not module.training:

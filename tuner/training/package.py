@@ -153,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, ValueError) as error:  # pydantic's and JSON's errors are ValueErrors
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
             f"{path}: must be a manifest that 'tuner train' wrote, got {type(error).__name__}: {reason}"

@@ -221,17 +221,20 @@ def test_tell_queues_a_lost_trial_again(tmp_path: Path, outcome: TrialOutcome) -
     book.tell(number, outcome)
     again, same = ask(book)
     assert again == number + 1
-    assert (same.lr, same.backbone, same.unfrozen_layers) == (params.lr, params.backbone, params.unfrozen_layers)
+    assert same == params
     assert list_trials(stored)[again].user_attrs["retry_of"] == number
 
 
-def test_tell_queues_a_lost_workers_trial_once(tmp_path: Path) -> None:
-    """A point that kills two workers is not tried a third time."""
+@pytest.mark.parametrize("reason", [reason for reason in Reason if reason.may_pass])
+def test_tell_queues_a_lost_trial_twice(tmp_path: Path, reason: Reason) -> None:
+    """A point that costs three workers is not tried a fourth time."""
     book, stored = open_book(tmp_path)
-    for _ in range(2):
-        book.tell(ask(book)[0], LOST)
+    for _ in range(3):
+        book.tell(ask(book)[0], TrialOutcome(state=TrialState.FAIL, reason=reason))
+    lost = list_trials(stored)
+    assert len({trial.params["lr"] for trial in lost}) == 1
     assert count(stored, OptunaState.WAITING) == 0
-    assert ask(book)[1].lr not in {trial.params["lr"] for trial in list_trials(stored)[:2]}
+    assert ask(book)[1].lr != lost[0].params["lr"]
 
 
 def test_tell_queues_an_interrupted_trial_every_time(tmp_path: Path) -> None:
@@ -244,11 +247,44 @@ def test_tell_queues_an_interrupted_trial_every_time(tmp_path: Path) -> None:
 
 
 def test_tell_remembers_a_lost_worker_over_an_interruption(tmp_path: Path) -> None:
-    """Lost, queued, interrupted, queued, lost again: that is twice."""
+    """Lost, queued, interrupted, queued, lost twice more: that is three times."""
     book, stored = open_book(tmp_path)
-    for outcome in (LOST, INTERRUPTED, LOST):
+    for outcome in (LOST, INTERRUPTED, LOST, LOST):
         book.tell(ask(book)[0], outcome)
     assert count(stored, OptunaState.WAITING) == 0
+
+
+def test_retries_are_the_trial_that_was_lost(tmp_path: Path) -> None:
+    """Through kills and stops it keeps its recipe, seed included, and the number that its checkpoint is named by."""
+    book, _ = open_book(tmp_path)
+    run_trial(book)
+    first, params = ask(book)
+    book.tell(first, LOST)
+    second, again = ask(book)
+    book.flush()
+    resumed, _ = open_book(tmp_path)
+    resumed.prepare()
+    third, once_more = ask(resumed)
+    assert (first, second, third) == (1, 2, 3)
+    assert params == again == once_more
+    assert [book.origin(number) for number in (0, first, second)] == [0, first, first]
+    assert resumed.origin(third) == first
+
+
+def test_open_origins_are_those_that_may_go_on(tmp_path: Path) -> None:
+    """What runs or waits; not what has ended for good."""
+    book, _ = open_book(tmp_path)
+    run_trial(book)
+    assert book.open_origins == frozenset()
+    lost, other = ask(book)[0], ask(book)[0]
+    assert book.open_origins == {lost, other}
+    book.tell(lost, INTERRUPTED)
+    book.tell(other, PRUNED)
+    assert book.open_origins == {lost}
+    again, _ = ask(book)
+    assert book.open_origins == {lost}
+    book.tell(again, TrialOutcome(state=TrialState.FAIL, reason=Reason.ERROR))
+    assert book.open_origins == frozenset()
 
 
 # --- what a killed run leaves ---
@@ -334,7 +370,8 @@ def test_tell_reaches_the_file_as_a_whole(tmp_path: Path) -> None:
     book.flush()
     ended, queued = read_plainly(tmp_path).trials
     assert (ended.state.name, ended.user_attrs[REASON_ATTR]) == ("FAIL", "worker_lost")
-    assert (queued.state.name, queued.user_attrs) == ("WAITING", {"retry_of": number, "attempt": 1})
+    history = {"first_attempt": number, "retry_of": number, "attempt": 1}
+    assert (queued.state.name, queued.user_attrs) == ("WAITING", history)
 
 
 def test_trial_book_refuses_a_study_that_is_only_read(tmp_path: Path) -> None:

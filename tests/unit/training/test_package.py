@@ -193,6 +193,9 @@ def test_read_package_tells_weights_of_another_model(tmp_path: Path) -> None:
         ({"backbone_section": {"kwargs": {}}}, r"ValueError: backbone_section must hold mean, std and interpolation"),
         ({"backbone_section": {"kwargs": 3}}, r"ValidationError: "),
         ({"classes": 5}, r"TypeError: "),
+        ({"image_size": float("inf")}, r"OverflowError: "),
+        ({"params": []}, r"[A-Z]\w+Error: "),
+        ({"provenance": 5}, r"TypeError: "),
     ],
 )
 def test_read_manifest_tells_what_is_broken(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
@@ -203,7 +206,7 @@ def test_read_manifest_tells_what_is_broken(tmp_path: Path, change: dict[str, An
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", pytest.param("[" * 100_000, id="deep"), "3"])
 def test_read_manifest_tells_other_json(tmp_path: Path, text: str) -> None:
     """What is no manifest at all is told in the same words."""
     (tmp_path / "model.json").write_text(text)
