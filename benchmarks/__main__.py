@@ -5,13 +5,16 @@ import os
 import signal
 import sys
 
-from benchmarks.cases import decode, growth, memory, search_speed, step_overhead, trial_book
+from benchmarks.cases import decode, faults, growth, memory, search_speed, step_overhead, trial_book
 from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
 from benchmarks.search_settings import NAME as SEARCH_SPEED
 from benchmarks.search_settings import add_options
 
-CASES = {case.name: case for case in (trial_book.CASE, step_overhead.CASE, decode.CASE, memory.CASE, growth.CASE)}
+CASES = {
+    case.name: case
+    for case in (trial_book.CASE, step_overhead.CASE, decode.CASE, memory.CASE, growth.CASE, faults.CASE)
+}
 """Those of one table; ``search_speed`` has options and a result of its own."""
 
 
@@ -25,6 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--images", metavar="DIR", help=f"data sets as zip files [{IMAGES_VARIABLE}]")
     parser.add_argument("--weights", metavar="DIR", help=f"weights with a JSON file each [{WEIGHTS_VARIABLE}]")
     add_options(parser)
+    faults.add_options(parser)
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.cases if name not in known]:
         parser.error(f"unknown case {unknown[0]!r}; the cases are {', '.join(known)}")
@@ -32,11 +36,12 @@ def main(arguments: list[str]) -> int:
         if given:
             os.environ[variable] = given
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that arms are ended and folders removed
+    cases = CASES | {faults.CASE.name: faults.read_options(options)}
     for name in options.cases or known:
         if name == SEARCH_SPEED:
             search_speed.main(options)
             continue
-        case = CASES[name]
+        case = cases[name]
         repeats = 1 if options.smoke else options.repeats or case.n_repeats
         result = measure(case, n_repeats=repeats, smoke=options.smoke)
         print(describe(result), flush=True)

@@ -21,6 +21,7 @@ from tuner.errors import ERRORS_BY_NAME
 from tuner.service.messages import Crashed, Lines, Refused, Reply, Request, encode
 from tuner.service.slots import Slot, bind
 
+WORKER_MODULE = "tuner.service.worker"
 _GRACE_SECONDS = 5.0
 _LAST_WORDS = 2000
 
@@ -28,7 +29,7 @@ _LAST_WORDS = 2000
 class Worker:
     """One worker process and the socket to it."""
 
-    def __init__(self, number: int, slot: Slot | None, environment: Mapping[str, str]) -> None:
+    def __init__(self, number: int, slot: Slot | None, environment: Mapping[str, str], module: str) -> None:
         self.number = number
         self.slot = slot
         self.last_heard = time.monotonic()
@@ -39,7 +40,7 @@ class Worker:
         with theirs:
             self._process = subprocess.Popen(
                 # -P: a file of the working directory must not shadow a module of ours
-                [sys.executable, "-P", "-m", "tuner.service.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=_bind(slot, environment),
                 stdin=subprocess.DEVNULL,
@@ -120,15 +121,23 @@ def _bind(slot: Slot | None, environment: Mapping[str, str]) -> dict[str, str]:
 class Pool:
     """The workers of a run, and the one place where the coordinator waits."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None, *, stall_limit: float = math.inf) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        *,
+        stall_limit: float = math.inf,
+        worker_module: str = WORKER_MODULE,
+    ) -> None:
         """Make an empty pool.
 
         Args:
             environment: What workers inherit; default: this process's.
             stall_limit: Seconds of silence after which a worker is ended and counts as gone.
+            worker_module: What a worker runs: another one speaks the same messages.
         """
         self._environment = dict(os.environ if environment is None else environment)
         self._stall_limit = stall_limit
+        self._worker_module = worker_module
         self.workers: dict[int, Worker] = {}
         self._selector = selectors.DefaultSelector()
         self._n_started = 0
@@ -147,7 +156,7 @@ class Pool:
 
     def start(self, slot: Slot | None) -> Worker:
         """Start a worker; None starts one that is bound to no device."""
-        worker = Worker(self._n_started, slot, self._environment)
+        worker = Worker(self._n_started, slot, self._environment, self._worker_module)
         self._n_started += 1
         self.workers[worker.number] = worker
         self._selector.register(worker.connection, selectors.EVENT_READ, worker)

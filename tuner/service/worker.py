@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Never
 
@@ -134,15 +135,19 @@ def serve(line: Line) -> Never:
                 raise TypeError(f"unexpected request: {unexpected}")
 
 
-def main() -> Never:
-    """Run a worker on the socket whose descriptor is the first argument."""
+def main(answer: Callable[[Line], Never] = serve) -> Never:
+    """Run a worker on the socket whose descriptor is the first argument.
+
+    Args:
+        answer: Answers the coordinator for ever; another one trains in its own way.
+    """
     # The thread that sees the coordinator's end cannot do so while this process is stopped or held up in C.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
     sys.path.append(str(Path.cwd()))  # a user's own backbone; last, so that it shadows nothing
     line = Line(socket.socket(fileno=int(sys.argv[1])))
     try:
-        serve(line)
+        answer(line)
     except TunerError as error:
         line.send(Refused(error=type(error).__name__, message=str(error)))
     except Exception:  # noqa: BLE001 - whatever it is, the coordinator must hear of it

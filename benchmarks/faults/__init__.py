@@ -1,0 +1,1 @@
+"""Faults that strike real studies, and an audit of what they left."""
