@@ -78,7 +78,7 @@ STORAGES: list[tuple[str, Prepare, str]] = [
     (
         "postgres//user:secret@host/db",
         bool,
-        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgres//***@host/db'",
+        "storage: must be an SQLite URL such as sqlite:///studies.db, got '***@host/db'",
     ),
     (
         "sqlite:////proc/studies.db",

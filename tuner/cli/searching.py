@@ -135,10 +135,13 @@ def _conclude(status: "StudyStatus", again: list[str]) -> str:
 
 @click.command()
 @storage_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine then need a token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 picks a free one.")
-@click.option("--write", is_flag=True, help="Let everyone who reaches the port change and delete studies.")
-def dashboard(storage: str | None, port: int, write: bool) -> None:
+@click.option("--write", is_flag=True, help="Let whoever has the printed address change and delete studies.")
+def dashboard(storage: str | None, host: str, port: int, write: bool) -> None:
     """Show the studies in optuna-dashboard, read-only, on 127.0.0.1.
+
+    With --write or another host the address holds a token: TUNER_DASHBOARD_TOKEN, else a new one each time.
 
     \b
     Example:
@@ -146,4 +149,4 @@ def dashboard(storage: str | None, port: int, write: bool) -> None:
     """
     from tuner.service.dashboard import serve_dashboard
 
-    serve_dashboard(storage, port=port, writable=write, announce=click.echo)
+    serve_dashboard(storage, host=host, port=port, writable=write, announce=click.echo)

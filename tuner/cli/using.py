@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from tuner.cli.options import json_option, storage_option
+from tuner.cli.options import as_printable, json_option, storage_option
 from tuner.errors import EXIT_SKIPPED
 
 
@@ -51,10 +51,11 @@ def predict(folder: Path, images: tuple[Path, ...], device: str, allow_code: boo
     done = [prediction for prediction in predictions if prediction.error is None]
     for prediction in predictions:
         if prediction.error is not None:
-            click.echo(f"skipped {prediction.path}: {prediction.error}", err=True)
+            click.echo(as_printable(f"skipped {prediction.path}: {prediction.error}"), err=True)
     if as_json:
         click.echo(json.dumps([prediction.to_json() for prediction in predictions], indent=2))
     else:
         for prediction in done:
-            click.echo(f"{prediction.path}\t{prediction.label}\t{prediction.probability:.4f}")
+            path, label = as_printable(prediction.path), as_printable(prediction.label)
+            click.echo(f"{path}\t{label}\t{prediction.probability:.4f}")
     return EXIT_SKIPPED if len(done) < len(predictions) else 0

@@ -1,5 +1,6 @@
 """From a list of image files with class names to an index; shared by the sources that read files."""
 
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def index_files(entries: Sequence[FileEntry]) -> ImageIndex:
         entries: At least one; in any order.
 
     Raises:
-        DataError: If there are fewer than two classes, no train images, or a class that train lacks.
+        DataError: If there are no train images, a class that train lacks, or a pipe or device among the files.
     """
     entries = sorted(entries, key=lambda entry: entry.name)
     classes = _find_classes(entries)
@@ -62,15 +63,18 @@ def _find_classes(entries: Sequence[FileEntry]) -> tuple[str, ...]:
 
 def _read_size(path: Path) -> str:
     try:
-        return str(path.stat().st_size)
+        status = path.stat()
     except OSError:  # a broken link: it counts as a bad image when it is opened
         return "missing"
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise DataError(f"data.path: must hold image files, got '{path}', which is a pipe or a device; remove it")
+    return str(status.st_size)
 
 
 def file_version(path: str | Path) -> str:
     """Return size and times of a file; ctime too, since ``chmod`` can make an unreadable image readable."""
     try:
-        stat = Path(path).stat()
+        status = Path(path).stat()
     except OSError:
         return "missing"
-    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"

@@ -21,7 +21,8 @@ from tuner.spec.suggestions import did_you_mean
 SMALL_CNN = "tuner:small_cnn"
 CREATED_WITH = "created_with"
 """Attribute of a timm model that holds its keyword arguments, so that weights can be loaded through a twin of it."""
-_SET_BY_STUDY = {"num_classes", "in_chans", "pretrained", "pretrained_cfg", "checkpoint_path"}
+_WEIGHTS_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+_SET_BY_STUDY = {"num_classes", "in_chans", *_WEIGHTS_ARGUMENTS}
 _PLAIN = (0.5, 0.5, 0.5)
 
 

@@ -1,6 +1,7 @@
 """The best trial's recipe, as production training can use it."""
 
 import json
+import re
 from typing import Any
 
 from tuner.errors import ExportError
@@ -8,6 +9,8 @@ from tuner.production.reading import open_stored
 from tuner.search.studies import StoredStudy, find_best
 from tuner.search.trial_attrs import PARAMS_ATTR
 from tuner.spec.sections import BackboneSection
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def best_params(study: str, *, storage: str | None = None) -> dict[str, Any]:
@@ -69,7 +72,12 @@ def write_toml(tables: dict[str, Any]) -> str:
 
 
 def _write_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _write_text(key)
+
+
+def _write_text(text: str) -> str:
+    """Return text in TOML's quotes, which JSON's are but for DEL and for what stands for bytes that are no UTF-8."""
+    return json.dumps(_SURROGATE.sub("\ufffd", text), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _write_value(value: Any) -> str:
@@ -82,7 +90,7 @@ def _write_value(value: Any) -> str:
         case bool():
             return json.dumps(value)
         case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            return _write_text(value)
         case int() | float():
             return repr(value)
         case _:

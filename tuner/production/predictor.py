@@ -134,6 +134,8 @@ class Predictor:
     def _read_image(self, path: Path) -> NDArray[np.uint8] | str:
         manifest = self.manifest
         interpolation = manifest.preprocessing.interpolation
+        if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
+            return "not a file"
         try:
             with Image.open(path) as image:
                 return decode_image(

@@ -99,9 +99,9 @@ def _fill_template(folder: Path, out: Path, index: ImageIndex) -> str:
     largest = max(1, n_train // 4)
     batch_sizes = [size for size in _BATCH_SIZES if size <= largest][-4:]
     return _TEMPLATE.format(
-        folder_name=folder.resolve().name,
-        file_name=out.name,
-        name=json.dumps(folder.resolve().name, ensure_ascii=False),
+        folder_name=_as_printable(folder.resolve().name),
+        file_name=_as_printable(out.name),
+        name=json.dumps(_as_printable(folder.resolve().name), ensure_ascii=False),
         objective="val_balanced_accuracy" if is_unbalanced else "val_accuracy",
         imbalance="  # the classes differ in size" if is_unbalanced else "",
         path=json.dumps(_relative_path(folder, out), ensure_ascii=False),
@@ -113,6 +113,11 @@ def _fill_template(folder: Path, out: Path, index: ImageIndex) -> str:
         else "test_fraction = 0.2              # locked until 'tuner train' looks at it once",
         batch_sizes=batch_sizes,
     )
+
+
+def _as_printable(name: str) -> str:
+    """Return a name for one line: a line feed in it would end a comment, and what follows would be settings."""
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def _relative_path(folder: Path, out: Path) -> str:

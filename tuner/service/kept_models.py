@@ -1,10 +1,15 @@
 """Where the models of a study are kept: beside the database, so that clearing caches loses nothing."""
 
+import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
+from tuner.errors import StorageError
 from tuner.search.storage import files_folder, study_slug
+
+_MODEL = re.compile(r"trial-\d+")
 
 
 def models_folder(url: str, study_name: str) -> Path:
@@ -18,21 +23,39 @@ def model_folder(url: str, study_name: str, number: int) -> Path:
 
 
 def remove_models(url: str, study_name: str, *, keep: Iterable[int] = ()) -> None:
-    """Remove a study's kept models, but for those of some trials and those that a worker is writing."""
+    """Remove a study's kept models, but for those of some trials and those that a worker is writing.
+
+    What else lies there stays, and no link is followed.
+    """
     folder = models_folder(url, study_name)
     spared = {f"trial-{number}" for number in keep}
-    if not folder.is_dir():
+    if folder.is_symlink() or not folder.is_dir():
         return
     for model in folder.iterdir():
-        if model.name not in spared and not model.name.startswith("."):
-            shutil.rmtree(model, ignore_errors=True)
+        if model.name not in spared and _MODEL.fullmatch(model.name):
+            _remove(model)
     if not spared:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 def remove_halves(url: str, study_name: str) -> None:
-    """Remove what killed workers left half written. Only while no run of the study is under way."""
+    """Remove what killed workers left half written. Only while no run of the study is under way.
+
+    Raises:
+        StorageError: If a link stands in the folder's place: models would be written to who knows where.
+    """
     folder = models_folder(url, study_name)
+    if folder.is_symlink():
+        raise StorageError(f"storage: must keep its models in a folder, got the link '{folder}'; remove it")
     if folder.is_dir():
-        for half in folder.glob(".*"):
-            shutil.rmtree(half, ignore_errors=True)
+        for half in folder.glob(".trial-*"):
+            _remove(half)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a link without what it leads to."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

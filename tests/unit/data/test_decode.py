@@ -1,5 +1,7 @@
 """Tests of tuner.data.decode: what counts as a normal image, and what does not."""
 
+import struct
+import zlib
 from io import BytesIO
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tuner.data.decode import RESAMPLING, decode_image
+from tuner.data.decode import MAX_PIXELS, RESAMPLING, decode_image, to_rgb
 
 
 def reopen(image: Image.Image, kind: str, **options: Any) -> Image.Image:
@@ -118,3 +120,62 @@ def test_decode_image_refuses_a_truncated_file(kind: str) -> None:
     data = buffer.getvalue()
     with pytest.raises(Exception, match=r"."):  # noqa: PT012, PT011, B017, RUF100  # each format has its own error
         decode(Image.open(BytesIO(data[: len(data) // 2])))
+
+
+def make_png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Return a grey PNG whose pixels are missing, with further chunks before where they would be."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", b""), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+
+
+@pytest.mark.parametrize("size", [(12_500, 12_500), (MAX_PIXELS + 1, 1), (1, MAX_PIXELS + 1)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_decode_image_refuses_a_bomb_by_its_header(size: tuple[int, int]) -> None:
+    """Too many pixels are refused before any is decoded, with the dimensions that the file claims."""
+    with pytest.raises(ValueError, match=rf"must have at most 150 megapixels, got {size[0]} x {size[1]} px"):
+        decode(Image.open(BytesIO(make_png(*size))))
+
+
+def test_decode_image_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own code that lifts Pillow's limit does not lift ours."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(ValueError, match="must have at most 150 megapixels, got 60000 x 4000 px"):
+        decode(Image.open(BytesIO(make_png(60_000, 4_000))))
+
+
+def test_decode_image_refuses_a_text_bomb() -> None:
+    """A few kilobytes of compressed text that unpack to 64 MB are no image."""
+    bomb = b"Comment\x00\x00" + zlib.compress(bytes(64 << 20), 9)
+    with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"):
+        decode(Image.open(BytesIO(make_png(8, 8, (b"zTXt", bomb)))))
+
+
+def test_decode_image_reads_one_frame_of_many() -> None:
+    """What follows the first frame of an animation is not even looked at."""
+    buffer = BytesIO()
+    make_animation("GIF").save(buffer, "GIF", save_all=True)
+    data = buffer.getvalue()
+    assert Image.open(BytesIO(data)).n_frames == 2  # type: ignore[attr-defined]
+    first = decode(Image.open(BytesIO(data)))
+    second = data.index(b"\x21\xf9", data.index(b"\x2c"))
+    broken = decode(Image.open(BytesIO(data[:second] + b"\x21\xf9" + b"\xff" * 100_000)))
+    assert (first == broken).all()
+
+
+def test_decode_image_starts_no_other_program() -> None:
+    """A picture that Pillow would hand to Ghostscript is refused, whatever its name."""
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch x) (w) file\n%%EOF\n"
+    with pytest.raises(ValueError, match=r"must be one of AVIF, .*, WEBP, got EPS"):
+        decode(Image.open(BytesIO(script)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_to_rgb_is_the_same_in_bands(dtype: type) -> None:
+    """Tall images are converted piece by piece, to what the whole would give."""
+    values = np.random.default_rng(0).uniform(-300, 70_000, (600, 5)).astype(np.int64) % 65_536
+    values = values.astype(dtype)
+    expected = np.rint(values.astype(np.float64) * (1 if dtype == np.float32 else 255 / 65_535)).clip(0, 255)
+    assert (np.asarray(to_rgb(Image.fromarray(values)))[..., 1] == expected).all()

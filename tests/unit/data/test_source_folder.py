@@ -1,5 +1,6 @@
 """Tests of tuner.data.source_folder."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -136,4 +137,12 @@ def test_read_image_folder_refuses_what_is_no_folder(tmp_path: Path) -> None:
     ):
         read_image_folder(make_section(tmp_path / "list.csv"))
     with pytest.raises(DataError, match=r"^data.path: must hold one folder per class, got '.*' with 0 images and no f"):
+        read_image_folder(make_section(tmp_path))
+
+
+def test_read_image_folder_refuses_a_pipe(tmp_path: Path) -> None:
+    """Opening it would wait for ever, in whatever is done first with the images."""
+    write_images(tmp_path, "dog/1.png", "cat/1.png")
+    os.mkfifo(tmp_path / "cat" / "2.png")
+    with pytest.raises(DataError, match=r"data\.path: must hold image files, got '.*/cat/2\.png', which is a pipe"):
         read_image_folder(make_section(tmp_path))

@@ -1,5 +1,6 @@
 """Tests of tuner.data.source_torchvision, on data sets written by hand."""
 
+import pickle
 import struct
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tuner.data.index import NO_SPLIT, Split, select_classes
-from tuner.data.source_torchvision import DATASETS, read_torchvision
+from tuner.data.source_torchvision import DATASETS, _find_class, read_torchvision
 from tuner.data.splits import cut_splits, has_test, unlock_test
 from tuner.errors import DataError
 from tuner.spec.sections import DataSection
@@ -118,3 +119,16 @@ def test_datasets_exist_in_torchvision() -> None:
     from torchvision import datasets
 
     assert set(DATASETS) <= set(datasets.__all__)
+
+
+def test_read_torchvision_unpickles_nothing_but_the_published_files(tmp_path: Path) -> None:
+    """CIFAR's files are pickles: torchvision compares their checksums first, and others' run no code."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{number}" for number in range(1, 6))):
+        (folder / name).write_bytes(f"cos\nmkdir\n(S'{tmp_path}/ran'\ntR.".encode())
+    with pytest.raises(RuntimeError, match="not found or corrupted"):
+        _find_class("CIFAR10", Split.TRAIN)(root=str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((folder / "test_batch").read_bytes())  # noqa: S301 - the trap works
+    assert (tmp_path / "ran").exists()

@@ -121,6 +121,8 @@ def test_create_backbone_refuses_an_unknown_name(name: str, message: str) -> Non
     [
         ("test_resnet", {"colour": 1}, r"must be keyword arguments that timm's test_resnet takes, got .*'colour'"),
         ("test_resnet", {"num_classes": 3}, r"must leave out what the study sets, got num_classes$"),
+        ("test_resnet", {"checkpoint_path": "x.pth"}, r"must leave out what the study sets, got checkpoint_path$"),
+        ("test_resnet", {"pretrained_cfg_overlay": {"file": "x"}}, r"must leave .*, got pretrained_cfg_overlay$"),
         (SMALL_CNN, {"width": 3}, r"must be empty, got {'width': 3}$"),
     ],
 )

@@ -22,3 +22,31 @@ def test_write_toml_refuses_what_toml_has_not() -> None:
     """None has no form in TOML."""
     with pytest.raises(TypeError, match="TOML has no NoneType"):
         write_toml({"data": {"x": None}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x",
+        "<script>alert(1)</script>",
+        '"; DROP TABLE studies; --',
+        '"""',
+        "a\nb\r\n[study]\tc",
+        "\x00\x01\x1b[31m\x7f\x85",
+        "😀\u2028\ufeff",
+        "\\",
+        "=cmd|' /C calc'!A0",
+        "",
+        "x" * 5000,
+    ],
+)
+def test_write_toml_keeps_names_that_look_like_something_else(name: str) -> None:
+    """Names are data: as keys and as values they come back as they were."""
+    tables = {"trial": {"study": name}, "backbone": {"kwargs": {name: [name, {name: True}]}}}
+    assert tomllib.loads(write_toml(tables)) == tables
+
+
+def test_write_toml_replaces_bytes_that_are_no_text() -> None:
+    """TOML is UTF-8: a folder's name that is none cannot come back."""
+    text = write_toml({"data": {"classes": ["caf\udce9"]}})
+    assert tomllib.loads(text) == {"data": {"classes": ["caf\ufffd"]}}

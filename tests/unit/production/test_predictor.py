@@ -1,6 +1,7 @@
 """Tests of tuner.production.predictor."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_predict_tells_what_cannot_be_read(tmp_path: Path) -> None:
     assert errors[4:] == ["No such file or directory", "Is a directory"]
     assert predictions[1].label in CLASSES
     assert (predictions[0].label, predictions[0].probability, predictions[0].probabilities) == (None, None, {})
+
+
+def test_predict_refuses_bombs_and_pipes(tmp_path: Path) -> None:
+    """What would fill the memory or never end is a bad file like others."""
+    (tmp_path / "bomb.pgm").write_bytes(b"P5 15000 10001 255\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    bomb, pipe = load_example(tmp_path).predict([tmp_path / "bomb.pgm", tmp_path / "pipe.png"])
+    assert bomb.error == "must have at most 150 megapixels, got 15000 x 10001 px"
+    assert pipe.error == "not a file"
 
 
 def test_predict_of_nothing_is_nothing(tmp_path: Path) -> None:

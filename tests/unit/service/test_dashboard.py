@@ -6,16 +6,23 @@ from wsgiref.util import setup_testing_defaults
 
 import pytest
 
-from tuner.service.dashboard import guard
+from tuner.errors import StorageError
+from tuner.service.dashboard import guard, serve_dashboard
+
+TOKEN = "correct-horse-battery-staple"  # noqa: S105 - of a test
 
 
-def echo(_: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """Answer like a dashboard that opens every door."""
-    start_response("200 OK", [("Content-Type", "text/html"), ("Access-Control-Allow-Origin", "*")])
-    return [b"inside"]
+def make_app(content_type: str) -> Callable[..., Iterable[bytes]]:
+    """Return a dashboard that opens every door."""
+
+    def answer(_: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", content_type), ("Access-Control-Allow-Origin", "*")])
+        return [b"inside"]
+
+    return answer
 
 
-def call(*, writable: bool = False, **environ: str) -> tuple[int, dict[str, str], bytes]:
+def call(*, content_type: str = "text/html", options: Any = None, **environ: str) -> tuple[int, dict[str, str], bytes]:
     """Send one request through the guard; return status, headers and body."""
     answers: list[tuple[str, list[tuple[str, str]]]] = []
 
@@ -25,8 +32,9 @@ def call(*, writable: bool = False, **environ: str) -> tuple[int, dict[str, str]
 
     request: dict[str, Any] = {"HTTP_HOST": "127.0.0.1:8080", "REQUEST_METHOD": "GET", "PATH_INFO": "/", **environ}
     setup_testing_defaults(request)
-    body = b"".join(guard(echo, writable=writable)(request, start))
+    body = b"".join(guard(make_app(content_type), **(options or {}))(request, start))
     ((status, headers),) = answers
+    assert len({name.lower() for name, _ in headers}) == len(headers)
     return int(status.split()[0]), dict(headers), body
 
 
@@ -48,20 +56,119 @@ def test_guard_refuses_other_hosts(host: str) -> None:
 def test_guard_is_read_only_unless_asked(method: str) -> None:
     """Only GET and HEAD reach the dashboard; --write opens the rest."""
     assert call(REQUEST_METHOD=method)[0] == 405
-    assert call(REQUEST_METHOD=method, writable=True)[0] == 200
+    assert call(REQUEST_METHOD=method, options={"writable": True})[0] == 200
 
 
-def test_guard_refuses_changes_from_other_pages() -> None:
-    """Even with --write, another site's page changes nothing."""
-    changes = {"REQUEST_METHOD": "POST", "writable": True}
-    assert call(**changes, HTTP_ORIGIN="http://evil.example")[0] == 403  # type: ignore[arg-type]
-    assert call(**changes, HTTP_ORIGIN="http://127.0.0.1:8080")[0] == 200  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"HTTP_ORIGIN": "http://127.0.0.1:8080", "HTTP_SEC_FETCH_SITE": "same-origin"}, 200),
+        ({"HTTP_ORIGIN": "http://127.0.0.1:8080"}, 200),
+        ({"HTTP_ORIGIN": "http://evil.example"}, 403),
+        ({"HTTP_ORIGIN": "http://127.0.0.1:9090"}, 403),
+        ({"HTTP_ORIGIN": "null"}, 403),
+        ({"HTTP_ORIGIN": "http://["}, 403),
+        ({"HTTP_SEC_FETCH_SITE": "cross-site"}, 403),
+        ({"HTTP_SEC_FETCH_SITE": "same-site"}, 403),
+        ({"HTTP_ORIGIN": "http://127.0.0.1:8080", "HTTP_SEC_FETCH_SITE": "cross-site"}, 403),
+    ],
+)
+def test_guard_refuses_changes_from_other_pages(headers: dict[str, str], status: int) -> None:
+    """Even with --write, another site's page changes nothing; a program that is no browser may."""
+    assert call(REQUEST_METHOD="POST", options={"writable": True}, **headers)[0] == status
 
 
-def test_guard_sandboxes_artifacts_and_drops_cors() -> None:
-    """An artifact that is HTML stays passive, and no other origin reads it."""
-    _, headers, _ = call(PATH_INFO="/artifacts/1/2")
+@pytest.mark.parametrize("path", ["/artifacts/1/2", "//artifacts/1/2", "/Artifacts/1", "/", "/api/studies", "/csv/1"])
+def test_guard_sandboxes_all_but_its_own_pages(path: str) -> None:
+    """An artifact that is HTML stays passive, whatever its path looks like, and no other origin reads it."""
+    _, headers, _ = call(PATH_INFO=path)
     assert headers["Content-Security-Policy"] == "sandbox"
+    assert headers["Content-Type"] == "text/plain; charset=utf-8"
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert "Access-Control-Allow-Origin" not in headers
-    assert "Content-Security-Policy" not in call()[1]
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/dashboard/studies/1", "/static/bundle.js"])
+def test_guard_leaves_the_pages_of_the_dashboard_alone(path: str) -> None:
+    """The dashboard's own pages run, unless another site frames them."""
+    _, headers, _ = call(PATH_INFO=path)
+    assert headers["Content-Type"] == "text/html"
+    assert "Content-Security-Policy" not in headers
+    assert headers["X-Frame-Options"] == "SAMEORIGIN"
+
+
+@pytest.mark.parametrize(
+    ("given", "sent", "is_saved"),
+    [
+        ("image/png", "image/png", False),
+        ("video/mp4", "video/mp4", False),
+        ("application/json; charset=utf-8", "application/json; charset=utf-8", False),
+        ("TEXT/HTML", "text/plain; charset=utf-8", False),
+        ("text/javascript", "text/plain; charset=utf-8", False),
+        ("image/svg+xml", "application/octet-stream", True),
+        ("application/xhtml+xml", "application/octet-stream", True),
+        ("application/pdf", "application/octet-stream", True),
+        ("", "application/octet-stream", True),
+    ],
+)
+def test_guard_makes_active_types_passive(given: str, sent: str, is_saved: bool) -> None:
+    """What a browser would run is shown as text or saved."""
+    _, headers, _ = call(PATH_INFO="/artifacts/1/2", content_type=given)
+    assert headers["Content-Type"] == sent
+    assert (headers.get("Content-Disposition") == "attachment") is is_saved
+
+
+def test_token_becomes_a_cookie() -> None:
+    """The address opens the dashboard once; the cookie, which does not hold the token, keeps it open."""
+    options = {"token": TOKEN, "hosts": None}
+    assert call(options=options, HTTP_HOST="gpu-box:8080")[0] == 401
+    status, headers, _ = call(options=options, PATH_INFO="//evil.example", QUERY_STRING=f"token={TOKEN}")
+    assert (status, headers["Location"], headers["Cache-Control"]) == (303, "/dashboard", "no-store")
+    cookie, *attributes = headers["Set-Cookie"].split("; ")
+    assert attributes == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    assert TOKEN not in cookie
+    assert call(options=options, HTTP_HOST="gpu-box:8080", HTTP_COOKIE=f"a=b; {cookie}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {},
+        {"QUERY_STRING": "token="},
+        {"QUERY_STRING": "token=wrong"},
+        {"QUERY_STRING": f"token={TOKEN[:-1]}"},
+        {"QUERY_STRING": "token=%FF%ED%A0%80é"},
+        {"QUERY_STRING": f"token={TOKEN}", "REQUEST_METHOD": "POST"},
+        {"HTTP_COOKIE": "tuner_dashboard_80="},
+        {"HTTP_COOKIE": f"tuner_dashboard_80={TOKEN}"},
+        {"HTTP_COOKIE": ";;=;tuner_dashboard_80=\xff"},
+    ],
+)
+def test_guard_refuses_strangers(request_: dict[str, str]) -> None:
+    """Without the token there is nothing, not even for --write."""
+    status, _, body = call(options={"token": TOKEN, "hosts": None, "writable": True}, **request_)
+    assert status == 401
+    assert b"inside" not in body
+
+
+def test_cookie_of_another_token_does_not_open() -> None:
+    """A new token shuts out those who had the old one."""
+    cookie = call(options={"token": TOKEN}, QUERY_STRING=f"token={TOKEN}")[1]["Set-Cookie"].split(";")[0]
+    assert call(options={"token": TOKEN}, HTTP_COOKIE=cookie)[0] == 200
+    assert call(options={"token": f"{TOKEN}2"}, HTTP_COOKIE=cookie)[0] == 401
+
+
+@pytest.mark.parametrize("token", ["short", "x" * 15, "sixteen letters!", "ééééééééééééééééé"])
+def test_serve_refuses_a_token_that_can_be_guessed(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of the user's own must be long and fit an address; it is not printed."""
+    monkeypatch.setenv("TUNER_DASHBOARD_TOKEN", token)
+    with pytest.raises(StorageError, match="TUNER_DASHBOARD_TOKEN: must be at least 16 letters") as caught:
+        serve_dashboard("sqlite:///none.db")
+    assert token not in str(caught.value)
+
+
+def test_serve_refuses_an_address_that_is_none() -> None:
+    """An address is checked before the storage is opened."""
+    with pytest.raises(StorageError, match=r"--host: must be .* of this machine, got '1\.2\.3\.400'"):
+        serve_dashboard("sqlite:///none.db", host="1.2.3.400")

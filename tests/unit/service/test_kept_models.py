@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from tuner.errors import StorageError
 from tuner.service.kept_models import model_folder, models_folder, remove_halves, remove_models
 
 
@@ -44,3 +47,23 @@ def test_model_folder_stays_inside_whatever_the_study_is_called(tmp_path: Path) 
         folder = model_folder(url, name, 0).resolve()
         assert folder.is_relative_to(tmp_path / "studies.db.models")
         assert len(folder.parent.name) < 100
+
+
+def test_remove_models_follows_no_link_and_spares_what_is_not_its_own(tmp_path: Path) -> None:
+    """What a link leads to stays, and so does what somebody put beside the models."""
+    url = f"sqlite:///{tmp_path}/studies.db"
+    outside = tmp_path / "outside"
+    (outside / "trial-1").mkdir(parents=True)
+    (outside / "trial-1" / "mine.txt").touch()
+    folder = models_folder(url, "a")
+    (folder / "notes").mkdir(parents=True)
+    (folder / "trial-1").symlink_to(outside / "trial-1")
+    (folder / ".trial-2.7.tmp").symlink_to(outside)
+    remove_halves(url, "a")
+    remove_models(url, "a")
+    assert [path.name for path in folder.iterdir()] == ["notes"]
+    models_folder(url, "b").symlink_to(outside)
+    remove_models(url, "b")
+    with pytest.raises(StorageError, match="storage: must keep its models in a folder, got the link"):
+        remove_halves(url, "b")
+    assert (outside / "trial-1" / "mine.txt").is_file()
