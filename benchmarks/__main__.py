@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from benchmarks.cases import decode, faults, growth, memory, search_speed, step_overhead, trial_book
+from benchmarks.cases import decode, faults, fuzz, growth, memory, search_speed, step_overhead, trial_book
 from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
 from benchmarks.search_settings import NAME as SEARCH_SPEED
@@ -13,7 +13,15 @@ from benchmarks.search_settings import add_options
 
 CASES = {
     case.name: case
-    for case in (trial_book.CASE, step_overhead.CASE, decode.CASE, memory.CASE, growth.CASE, faults.CASE)
+    for case in (
+        trial_book.CASE,
+        step_overhead.CASE,
+        decode.CASE,
+        memory.CASE,
+        growth.CASE,
+        faults.CASE,
+        fuzz.CASE,
+    )
 }
 """Those of one table; ``search_speed`` has options and a result of its own."""
 

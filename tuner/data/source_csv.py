@@ -69,6 +69,8 @@ def _check_columns(columns: list[str]) -> None:
                 if columns
                 else "data.path: must have a header with the columns path and label, got an empty file"
             )
+    if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
+        raise DataError(f"data.path: must have each column once, got {twice[0]!r} in {preview(columns)}")
 
 
 def _parse_line(table: Path, number: int, row: dict[str, str]) -> _Line:
@@ -94,7 +96,8 @@ def _parse_line(table: Path, number: int, row: dict[str, str]) -> _Line:
 def _check_unique(lines: list[_Line]) -> None:
     seen: dict[str, int] = {}
     for line in lines:
-        if (first := seen.setdefault(line.entry.name, line.number)) != line.number:
+        place = posixpath.normpath(line.entry.path)  # the same for a file's relative and absolute path
+        if (first := seen.setdefault(place, line.number)) != line.number:
             raise DataError(
                 f"data.path: line {line.number}: each path must stand once, got {line.entry.name!r} as in line {first}"
             )

@@ -28,10 +28,12 @@ def list_problems(error: ValidationError, section: type[Section], where: str) ->
 
 
 def _describe(detail: dict[str, Any], section: type[Section], where: str) -> str:
+    kind = detail["type"]
     owner, keys = _find_owner(section, detail["loc"])
+    if kind == "extra_forbidden":
+        keys.append(str(detail["loc"][-1]))
     place = ".".join([where, *keys])
     got = f"got {detail['input']!r}"
-    kind = detail["type"]
     if kind == "extra_forbidden":
         return f"{place}: unknown key{did_you_mean(keys[-1], owner.model_fields)}"
     if kind == "missing":
@@ -48,14 +50,14 @@ def _describe(detail: dict[str, Any], section: type[Section], where: str) -> str
 
 
 def _find_owner(section: type[Section], loc: tuple[str | int, ...]) -> tuple[type[Section], list[str]]:
-    """Follow an error's location into nested sections; return the innermost one and the keys on the way."""
+    """Follow an error's location into nested sections; return the innermost one and its fields on the way."""
     keys: list[str] = []
     for part in loc:
-        if not isinstance(part, str) or part.startswith(("function-", "literal[")) or part in {"tuple", "nullable"}:
+        field = section.model_fields.get(str(part))
+        if field is None:  # pydantic's own word for a kind of check, or an unknown key
             continue
-        keys.append(part)
-        field = section.model_fields.get(part)
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        keys.append(str(part))
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             section = field.annotation
     return section, keys
 

@@ -22,6 +22,8 @@ SECTIONS: dict[str, type[Section]] = {
     "workers": sections.WorkersSection,
 }
 _TABLES = (*SECTIONS, "space", "backbones", "enqueue")
+_MAX_DEPTH = 20
+_MAX_LINE = 600
 
 
 def load_spec(path: str | Path) -> StudySpec:
@@ -45,8 +47,10 @@ def load_spec(path: str | Path) -> StudySpec:
         raise SpecError(f"{path}: must be a readable study file, got: {reason}{hint}") from error
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{path}: must be TOML, got: {error}") from error
+    except (ValueError, RecursionError) as error:  # tomllib lets both through where Python itself gives up
+        reason = "tables, lists or numbers without end"
+        reason = _make_printable(str(error)) if isinstance(error, tomllib.TOMLDecodeError) else reason
+        raise SpecError(f"{path}: must be TOML, got: {reason}") from error
     return parse_spec(tables, path.resolve().parent)
 
 
@@ -60,6 +64,8 @@ def parse_spec(tables: dict[str, Any], folder: Path) -> StudySpec:
     Raises:
         SpecError: With all problems, if there are any.
     """
+    if unusable := _find_unusable(tables):  # by itself: the other checks cannot look at such values
+        raise SpecError(map(_make_printable, unusable))
     problems = [f"{key}: unknown key{did_you_mean(key, _TABLES)}" for key in tables if key not in _TABLES]
     parts: dict[str, Any] = {}
     for name, section in SECTIONS.items():
@@ -73,8 +79,42 @@ def parse_spec(tables: dict[str, Any], folder: Path) -> StudySpec:
     parts["enqueue"] = tables.get("enqueue", [])
     problems += find_conflicts(parts, tables)
     if problems:
-        raise SpecError(problems)
+        raise SpecError(map(_make_printable, problems))
     return _resolve_paths(StudySpec(**parts), folder)
+
+
+def _find_unusable(tables: dict[str, Any]) -> list[str]:
+    """Return what is nested too deeply or too large for JSON, for SQLite or for a message, without recursion."""
+    problems: list[str] = []
+    waiting: list[tuple[str, Any, int]] = [(key, value, 1) for key, value in reversed(tables.items())]
+    while waiting:
+        where, value, depth = waiting.pop()
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            problems.append(f"{where}: must be a whole number of at most 64 bits, got a larger one")
+        parts: list[tuple[str, Any]] = []
+        if isinstance(value, dict):
+            parts = [(f"{where}.{key}", part) for key, part in value.items()]
+        elif isinstance(value, list):
+            parts = [(f"{where}[{number}]", part) for number, part in enumerate(value, start=1)]
+        if parts and depth >= _MAX_DEPTH:
+            problems.append(f"{where}: must not be nested deeper than {_MAX_DEPTH} tables and lists")
+        else:
+            waiting += [(place, part, depth + 1) for place, part in reversed(parts)]
+    return problems
+
+
+def _make_printable(problem: str) -> str:
+    """Return a problem as one line of bearable length, whatever characters the file's keys and values hold."""
+    line = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in problem
+    )
+    place, colon, reason = line.partition(": ")
+    return _shorten(place or '""', _MAX_LINE // 3) + colon + _shorten(reason, _MAX_LINE)
+
+
+def _shorten(text: str, length: int) -> str:
+    tail = length // 4
+    return text if len(text) <= length else f"{text[: length - tail]} … {text[-tail:]}"
 
 
 def _resolve(path: str, folder: Path, where: str) -> str:
