@@ -19,6 +19,8 @@ RESAMPLING = {
 MAX_PIXELS = 150_000_000
 """Width times height of an image as stored; decoding takes up to 16 bytes for each. Pillow's own limit is 179 million,
 and says "decompression bomb"."""
+MAX_SIDE = 65_535
+"""What JPEG can hold. A broken animation of 7 million by 20 px was found to take 17 s."""
 FORMATS = frozenset(
     {"AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
 )
@@ -40,7 +42,8 @@ def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: s
         Shape ``(3, size, size)``.
 
     Raises:
-        ValueError: If it has more than ``MAX_PIXELS``, or a format that is not in ``FORMATS``. Nothing is decoded then.
+        ValueError: If it has more than ``MAX_PIXELS``, a side over ``MAX_SIDE``, or a format that is not in ``FORMATS``.
+            Nothing is decoded then.
         Exception: Whatever Pillow raises for a broken file; it has no common base.
     """
     _check_header(image)
@@ -62,6 +65,8 @@ def _check_header(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"must have at most {MAX_PIXELS // 1_000_000} megapixels, got {width} x {height} px")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"must be at most {MAX_SIDE} px wide and high, got {width} x {height} px")
     if image.format is not None and image.format not in FORMATS:
         raise ValueError(f"must be one of {', '.join(sorted(FORMATS))}, got {image.format}")
 

@@ -131,6 +131,13 @@ def make_png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     )
 
 
+@pytest.mark.parametrize("size", [(65_536, 1), (1, 65_536)])
+def test_decode_image_refuses_long_strips(size: tuple[int, int]) -> None:
+    """Few pixels, and yet seconds for a broken animation of them."""
+    with pytest.raises(ValueError, match=rf"must be at most 65535 px wide and high, got {size[0]} x {size[1]} px"):
+        decode_image(Image.new("1", size), size=8, resize="squash", interpolation="bilinear")
+
+
 @pytest.mark.parametrize("size", [(12_500, 12_500), (MAX_PIXELS + 1, 1), (1, MAX_PIXELS + 1)])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decode_image_refuses_a_bomb_by_its_header(size: tuple[int, int]) -> None:
