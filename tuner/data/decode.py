@@ -42,7 +42,7 @@ def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: s
         Shape ``(3, size, size)``.
 
     Raises:
-        ValueError: If it has more than ``MAX_PIXELS``, a side over ``MAX_SIDE``, or a format that is not in ``FORMATS``.
+        ValueError: If it has more than ``MAX_PIXELS``, a side over ``MAX_SIDE`` or a format not in ``FORMATS``.
             Nothing is decoded then.
         Exception: Whatever Pillow raises for a broken file; it has no common base.
     """
