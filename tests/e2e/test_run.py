@@ -142,10 +142,10 @@ def test_second_run_of_the_same_study_is_refused(tmp_path: Path) -> None:
 def test_timeout_starts_no_trial_after_it(tmp_path: Path) -> None:
     """A timeout ends a run with exit 0 and says how to go on."""
     place = make_slow_place(tmp_path, n_trials=500)
-    code, output = place.run("--timeout", "8s")
+    code, output = place.run("--timeout", "20s")
     assert code == 0, output
     assert "stopped by the timeout; go on: tuner run " in output
-    assert "--workers 2 --timeout 8s" in output.replace("--timeout 8s --workers 2", "--workers 2 --timeout 8s")
+    assert "--workers 2 --timeout 20s" in output.replace("--timeout 20s --workers 2", "--workers 2 --timeout 20s")
     assert 0 < place.count_trials("COMPLETE", "PRUNED") < 500
     assert place.count_trials("RUNNING", "WAITING") == 0
 
