@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -91,3 +91,13 @@ def _from_values(values: NDArray[Any], factor: float) -> Image.Image:
         band = slice(top, top + _N_BAND_ROWS)
         grey[band] = np.rint(values[band].astype(np.float64) * factor).clip(0, 255)
     return Image.fromarray(grey).convert("RGB")
+
+
+def explain_bad_image(error: Exception) -> str:
+    """Return one line on why an image could not be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -17,9 +17,9 @@ from typing import Any, Never
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from tuner.data.decode import decode_image
+from tuner.data.decode import decode_image, explain_bad_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,8 @@ def decode_into(pixels: NDArray[np.uint8], position: int, open_image: Callable[[
                 image, size=target.size, resize=target.resize, interpolation=target.interpolation
             )
     except Exception as error:  # noqa: BLE001  # Pillow's formats raise nearly everything for broken files
-        return _describe(error)
+        return explain_bad_image(error)
     return ""
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def main(descriptor: int) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
-from tuner.data.decode import decode_image
+from tuner.data.decode import decode_image, explain_bad_image
 from tuner.data.image_set import ImageSet
 from tuner.data.source_folder import IMAGE_SUFFIXES
 from tuner.errors import DataError
@@ -142,7 +142,7 @@ class Predictor:
                     image, size=manifest.image_size, resize=manifest.resize, interpolation=interpolation
                 )
         except Exception as error:  # noqa: BLE001 - Pillow's formats raise nearly everything for broken files
-            return _explain(error)
+            return explain_bad_image(error)
 
     def _compute_probabilities(self, images: list[NDArray[np.uint8]]) -> list[list[float]]:
         """Return the probability of each class for each image."""
@@ -170,16 +170,6 @@ class Predictor:
             probability=probabilities[best],
             probabilities=dict(zip(self.classes, probabilities, strict=True)),
         )
-
-
-def _explain(error: Exception) -> str:
-    """Return one line on why a file could not be read."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
