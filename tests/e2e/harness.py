@@ -90,6 +90,16 @@ def lose_a_file_once():
         open("gone.txt")
 
 
+def break_the_device_once():
+    if not os.path.exists("broken"):
+        open("broken", "w").close()
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def cursed(num_classes):
+    return Net(num_classes, break_the_device_once)
+
+
 def forgetful(num_classes):
     return Net(num_classes, lose_a_file_once)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -56,11 +57,12 @@ def test_trial_over_its_time_is_pruned_infeasible(tmp_path: Path) -> None:
     """It counts, is never tried again, and samplers avoid its like."""
     place = make_place(tmp_path, backbones=("own:slow", "own:good"), epochs=40, n_trials=4, sampler="grid")
     text = place.study_file.read_text().replace("lr = { low = 1e-4, high = 1e-2, log = true }", "")
-    place.study_file.write_text(text.replace("{ low = 0.0, high = 1.0 }", "{ choices = [0.0, 1.0] }"))
-    add_keys(place, search='trial_timeout = "4s"')
+    text = text.replace("{ low = 0.0, high = 1.0 }", "{ choices = [0.0, 1.0] }")
+    place.study_file.write_text(text + '\n[backbones."own:slow"]\nkwargs = { seconds = 0.2 }\n')
+    add_keys(place, search='trial_timeout = "10s"')
     code, output = place.run()
     assert code == 0, output
-    assert "trained longer than 4 s and was ended" in output
+    assert "trained longer than 10 s and was ended" in output
     trials = read_study(place).get_trials(deepcopy=False)
     slow = [trial for trial in trials if trial.params["backbone"] == "own:slow"]
     good = [trial for trial in trials if trial.params["backbone"] == "own:good"]
@@ -68,6 +70,21 @@ def test_trial_over_its_time_is_pruned_infeasible(tmp_path: Path) -> None:
     assert [trial.state.name for trial in slow] == ["PRUNED"] * 2
     assert all(max(trial.constraints.values()) > 0 for trial in slow)
     assert {trial.user_attrs.get("reason", "") for trial in good} <= {"", "pruner"}
+
+
+def test_time_in_which_nobody_watches_is_not_the_trials(tmp_path: Path) -> None:
+    """A coordinator that is stopped, or waits for its database, answers no worker; no trial pays for it."""
+    place = make_place(tmp_path, backbones=("own:slow",), epochs=20, n_trials=2)
+    add_keys(place, search='trial_timeout = "8s"')
+    process = place.start_run()
+    wait_until(lambda: place.count_trials("RUNNING") == 2)
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(9)
+    os.kill(process.pid, signal.SIGCONT)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert set(list_reasons(place)) <= {"pruner"}
+    assert_is_whole(place, 2)
 
 
 def test_trial_whose_files_cannot_be_read_is_queued_again(tmp_path: Path) -> None:

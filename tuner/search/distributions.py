@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -176,6 +176,18 @@ def list_grid(distributions: Mapping[str, BaseDistribution], *, seed: int) -> li
     ]
     random.Random(seed).shuffle(points)  # noqa: S311 - an order, not a secret
     return points
+
+
+def find_untried(points: Iterable[Point], tried: Iterable[Point]) -> Point | None:
+    """Return the first point that has not been tried; None if there is none."""
+    known = set(map(_freeze, tried))
+    return next((point for point in points if _freeze(point) not in known), None)
+
+
+def _freeze(point: Point) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        sorted((name, round(value, 12) if isinstance(value, float) else value) for name, value in point.items())
+    )
 
 
 def list_values(distribution: BaseDistribution) -> Iterator[Any]:

@@ -10,11 +10,13 @@ from optuna.trial import TrialState as OptunaState
 
 from tuner.search.distributions import (
     Point,
+    find_untried,
     list_grid,
     make_distributions,
     project_default_recipe,
     resolve_params,
 )
+from tuner.search.retries import count_attempts, describe_retry, find_origin
 from tuner.search.samplers import derive_seed
 from tuner.search.screening import (
     DEEPER_ATTR,
@@ -29,8 +31,6 @@ from tuner.search.studies import StoredStudy, find_best
 from tuner.search.trial_attrs import LAYERS_ATTR, PARAMS_ATTR, REASON_ATTR, describe_end
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState, Usage
 
-_FIRST_ATTR = "first_attempt"
-_MAX_RETRIES = 2
 _CONSTRAINTS_KEY = "constraints"
 """Optuna's older key: the only form that both Optuna 5 and its dashboard 0.21 read."""
 
@@ -66,21 +66,31 @@ class TrialBook:
         self._running_screen: set[int] = set()
 
     def prepare(self) -> int:
-        """Adopt what an earlier run left: end its running trials and queue them again; fill an empty study's queue.
+        """Adopt what an earlier run left, and fill an empty study's queue.
 
         All of it is stored when this returns.
 
         Returns:
             How many trials were left running.
         """
-        orphans = self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,))
-        for orphan in orphans:
-            self._adopt(orphan)
+        n_orphans = self.adopt()
         first_points = self._first_points()  # before the screen, since they ask whether the study is new
         self._queue_screen()
         for point in first_points:
             self._study.enqueue_trial(point, skip_if_exists=True)
         self._queue_deeper()
+        self.flush()
+        return n_orphans
+
+    def adopt(self) -> int:
+        """End the trials that an earlier run left running, and queue them again; stored when this returns.
+
+        Returns:
+            How many there were.
+        """
+        orphans = self._study.get_trials(deepcopy=False, states=(OptunaState.RUNNING,))
+        for orphan in orphans:
+            self._adopt(orphan)
         self.flush()
         return len(orphans)
 
@@ -178,7 +188,7 @@ class TrialBook:
             self._is_exhausted = True
             return None
         trial = self._study.ask(self._distributions)
-        params = self._resolve(_find_origin(trial), trial.params)
+        params = self._resolve(find_origin(trial), trial.params)
         trial.set_user_attr(PARAMS_ATTR, params.to_json())
         trial.set_user_attr(LAYERS_ATTR, params.unfrozen_layers)
         self._running[trial.number] = trial
@@ -194,7 +204,7 @@ class TrialBook:
 
     def is_suspect(self, number: int) -> bool:
         """Whether a running trial's point was lost with its worker or its cohort before."""
-        return bool(self._running[number].user_attrs.get("attempt", 0))
+        return count_attempts(self._running[number]) > 0
 
     def place(self, numbers: Iterable[int], device: str) -> None:
         """Record where trials run."""
@@ -210,12 +220,10 @@ class TrialBook:
         trials = self._study.get_trials(deepcopy=False)
         if any(trial.state == OptunaState.WAITING for trial in trials):
             return True
-        tried = {_freeze(trial.params) for trial in trials}
-        for point in self._grid:
-            if _freeze(point) not in tried:
-                self._study.enqueue_trial(point)
-                return True
-        return False
+        point = find_untried(self._grid, [trial.params for trial in trials])
+        if point is not None:
+            self._study.enqueue_trial(point)
+        return point is not None
 
     def report(self, number: int, result: EpochResult) -> bool:
         """Record one epoch.
@@ -280,21 +288,18 @@ class TrialBook:
 
     def origin(self, number: int) -> int:
         """Return the number of a trial's first attempt; all attempts have their seed and their checkpoint from it."""
-        return _find_origin(self._find(number))
+        return find_origin(self._find(number))
 
     @property
     def open_origins(self) -> frozenset[int]:
         """Origins of the trials that run or wait."""
         states = (OptunaState.RUNNING, OptunaState.WAITING)
-        return frozenset(map(_find_origin, self._study.get_trials(deepcopy=False, states=states)))
+        return frozenset(map(find_origin, self._study.get_trials(deepcopy=False, states=states)))
 
     def _queue_again(self, trial: FrozenTrial, *, is_suspect: bool = False) -> None:
-        """Queue a lost trial's point as a new trial; twice at most where the point itself may be at fault."""
-        attempt = trial.user_attrs.get("attempt", 0)
-        if trial.params and not (is_suspect and attempt >= _MAX_RETRIES):
-            purpose = {key: value for key, value in trial.user_attrs.items() if key in {SCREEN_ATTR, DEEPER_ATTR}}
-            history = {_FIRST_ATTR: _find_origin(trial), "retry_of": trial.number, "attempt": attempt + is_suspect}
-            self._enqueue(trial.params, purpose | history)
+        """Queue a lost trial's point as a new trial, if it may be tried again."""
+        if (attrs := describe_retry(trial, is_suspect=is_suspect)) is not None:
+            self._enqueue(trial.params, attrs)
 
     def _find(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]
@@ -303,16 +308,6 @@ class TrialBook:
     def running_numbers(self) -> tuple[int, ...]:
         """Numbers of the trials that were asked and not told."""
         return tuple(self._running)
-
-
-def _find_origin(trial: Trial | FrozenTrial) -> int:
-    return int(trial.user_attrs.get(_FIRST_ATTR, trial.number))
-
-
-def _freeze(point: Point) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        sorted((name, round(value, 12) if isinstance(value, float) else value) for name, value in point.items())
-    )
 
 
 def _mark_infeasible(study: optuna.Study, trial: Trial) -> None:

@@ -18,10 +18,12 @@ from tuner.search.storage import (
     study_lock_path,
     use_storage,
 )
-from tuner.search.studies import StoredStudy, find_best, find_changes, load_stored, open_study, store_spec
+from tuner.search.studies import StoredStudy, find_best, find_changes, load_stored, open_study
+from tuner.search.trial_book import TrialBook
 from tuner.service.pool import WORKER_MODULE, Pool
 from tuner.service.progress import ActivityChanged, Display, Noted, SilentDisplay
 from tuner.service.result import StudyStatus, is_finished, read_status
+from tuner.service.run_files import RunFiles
 from tuner.service.scouting import collect_facts, scout_study
 from tuner.service.search_loop import SearchLoop
 from tuner.service.signals import StopSignals
@@ -57,7 +59,9 @@ def run_study(
     url = resolve_url(storage, spec.study.storage)
     deadline = math.inf if spec.search.timeout is None else time.monotonic() + spec.search.timeout
     with display or SilentDisplay() as shown, _open_alone(url, spec.study.name, shown) as opened:
-        if (finished := _be_patient(url, shown).keep_trying(lambda: _find_finished(opened, spec))) is not None:
+        patience = _be_patient(url, shown)
+        if (finished := patience.keep_trying(lambda: _find_finished(opened, spec, patience))) is not None:
+            _tidy_up(finished, url)
             return read_status(finished, url)
         with (
             _hide_cuda(spec) as environment,
@@ -110,7 +114,7 @@ def _make_ready(url: str) -> None:
             pass
 
 
-def _find_finished(storage: RDBStorage, spec: StudySpec) -> StoredStudy | None:
+def _find_finished(storage: RDBStorage, spec: StudySpec, patience: Patience) -> StoredStudy | None:
     """Return the stored study if it is the spec's and has all its trials: there is nothing to run."""
     try:
         stored = load_stored(storage, spec.study.name)
@@ -121,8 +125,15 @@ def _find_finished(storage: RDBStorage, spec: StudySpec) -> StoredStudy | None:
     stored = StoredStudy(study=stored.study, spec=spec, facts=stored.facts)
     if not is_finished(stored) or not find_best(stored.study):
         return None
-    store_spec(stored)
-    return stored
+    with _hide_cuda(spec):
+        return open_study(storage, spec, stored.facts, patience)
+
+
+def _tidy_up(stored: StoredStudy, url: str) -> None:
+    """Do what the end of a run does, for one that was killed when there was nothing left to run."""
+    book = TrialBook(stored)
+    book.adopt()
+    RunFiles(url, stored.name, stored.spec.study.objective, book).sweep()
 
 
 @contextmanager

@@ -1,47 +1,112 @@
 """What goes wrong in a run: which trials it costs, and when it is too much to go on."""
 
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
 from tuner.errors import SearchError
 from tuner.trial import Reason, TrialOutcome, TrialState
 
-_MAX_FAILS_IN_A_ROW = 5
-_MAX_IDLE_LOSSES = 3
+_MAX_FAILED_POINTS = 5
+MAX_IDLE_LOSSES = 3
+"""Workers that may be lost in a row without a trial to blame."""
+_KERNEL_COUNTERS = Path("/proc/vmstat")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A worker that died or was ended while it trained."""
+
+    message: str
+    """How it ended, in one line."""
+    n_given: int
+    """Trials that it was given, those included that had ended before."""
+    was_killed: bool = False
+    """Whether somebody else or the kernel killed it."""
+    is_stalled: bool = False
+    """Whether it was ended because it hung."""
+    is_overdue: bool = False
+    """Whether it was ended because its time was over."""
+
+
+class MemoryKills:
+    """Tells whether the kernel has ended a process of this machine to get its memory. Mutable."""
+
+    def __init__(self, counters: Path = _KERNEL_COUNTERS) -> None:
+        self._counters = counters
+        self._n_seen = self._count()
+
+    def notice(self) -> bool:
+        """Return whether there were any since the last look."""
+        n_before, self._n_seen = self._n_seen, self._count()
+        return self._n_seen > n_before
+
+    def _count(self) -> int:
+        with suppress(OSError, ValueError):  # another kernel: none is ever noticed
+            for line in self._counters.read_text(encoding="ascii").splitlines():
+                name, _, value = line.partition(" ")
+                if name == "oom_kill":
+                    return int(value)
+        return 0
 
 
 class FailureCount:
     """Ends a run in which nothing works: its user should hear of that before the night is over. Mutable."""
 
-    def __init__(self, study_name: str) -> None:
+    def __init__(self, study_name: str, memory_kills: MemoryKills | None = None) -> None:
         self._study_name = study_name
-        self._n_fails = 0
+        self._memory_kills = memory_kills or MemoryKills()
+        self._failed: set[int] = set()
         self._last = ""
         self._n_idle_losses = 0
 
-    def count(self, outcome: TrialOutcome) -> None:
-        """Count trials that fail in a row; those that a cohort's error ended are tried again by themselves first."""
-        if outcome.reason is Reason.COHORT_LOST:
-            return
-        self._n_fails = self._n_fails + 1 if outcome.state is TrialState.FAIL else 0
-        self._last = outcome.message
+    def blame(self, loss: Loss) -> TrialOutcome:
+        """Return the outcome of the trials that a lost worker had not finished.
+
+        Of several, no telling which of them was at fault: they are tried again, each by itself.
+        """
+        if loss.was_killed and self._memory_kills.notice():
+            message = f"{loss.message}, by the kernel, which had no memory left"
+            return _blame_one(loss, TrialOutcome(state=TrialState.PRUNED, reason=Reason.OUT_OF_MEMORY, message=message))
+        if loss.is_overdue:
+            outcome = TrialOutcome(state=TrialState.PRUNED, reason=Reason.TIME_LIMIT, message=loss.message)
+            return _blame_one(loss, outcome)
+        reason = Reason.STALLED if loss.is_stalled else Reason.WORKER_LOST
+        return TrialOutcome(state=TrialState.FAIL, reason=reason, message=loss.message)
+
+    def count(self, origin: int, outcome: TrialOutcome) -> None:
+        """Count points that fail in a row, each once however often it is tried again.
+
+        Args:
+            origin: Number of the trial's first attempt.
+            outcome: How this attempt ended.
+        """
+        if outcome.state is not TrialState.FAIL:
+            self._failed.clear()
+            self._n_idle_losses = 0
+        elif outcome.reason is not Reason.COHORT_LOST:  # those are tried again by themselves first
+            self._failed.add(origin)
+            self._last = outcome.message
 
     def count_idle_loss(self, message: str) -> None:
         """Count a worker that was lost without a trial to blame.
 
         Raises:
-            SearchError: If it is the third.
+            SearchError: If it is the third since a trial ended well.
         """
         self._n_idle_losses += 1
-        if self._n_idle_losses >= _MAX_IDLE_LOSSES:
+        if self._n_idle_losses >= MAX_IDLE_LOSSES:
             raise explain_loss(message)
 
     def check(self) -> None:
         """Check that the search may go on.
 
         Raises:
-            SearchError: If five trials failed in a row.
+            SearchError: If five points failed in a row.
         """
-        if self._n_fails >= _MAX_FAILS_IN_A_ROW:
+        if len(self._failed) >= _MAX_FAILED_POINTS:
             raise SearchError(
-                f"study {self._study_name!r}: {self._n_fails} trials failed in a row; "
+                f"study {self._study_name!r}: {len(self._failed)} trials failed in a row; "
                 f"the last one: {self._last}; 'tuner show' has the tracebacks"
             )
 
@@ -51,18 +116,7 @@ def explain_loss(message: str) -> SearchError:
     return SearchError(f"workers: must be able to start and prepare the study, but {message}")
 
 
-def blame_loss(message: str, *, n_lost: int, is_stalled: bool, is_overdue: bool) -> TrialOutcome:
-    """Return the outcome of trials whose worker died or was ended.
-
-    Args:
-        message: How it ended, in one line.
-        n_lost: Trials that it trained.
-        is_stalled: Whether it was ended because it hung.
-        is_overdue: Whether it was ended because its time was over.
-    """
-    if is_overdue and n_lost == 1:
-        return TrialOutcome(state=TrialState.PRUNED, reason=Reason.TIME_LIMIT, message=message)
-    if is_overdue:  # no telling which of them it was
-        return TrialOutcome(state=TrialState.FAIL, reason=Reason.COHORT_LOST, message=message)
-    reason = Reason.STALLED if is_stalled else Reason.WORKER_LOST
-    return TrialOutcome(state=TrialState.FAIL, reason=reason, message=message)
+def _blame_one(loss: Loss, outcome: TrialOutcome) -> TrialOutcome:
+    if loss.n_given == 1:
+        return outcome
+    return TrialOutcome(state=TrialState.FAIL, reason=Reason.COHORT_LOST, message=outcome.message)

@@ -1,16 +1,14 @@
 """Head-only trials in a worker: one pass of the frozen backbone serves them all, and their heads train as one."""
 
-import gc
-
-import torch
 from torch import Tensor
 
 from tuner.data.feature_store import FeatureBank
 from tuner.service.feature_banks import FeatureBanks
-from tuner.service.messages import Coordinator, EpochDone, GivenBack, TrialDone, Verdict
+from tuner.service.messages import Coordinator, EpochDone, GivenBack, Started, TrialDone, Verdict
 from tuner.service.outcomes import blame, first_line
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort
+from tuner.training.device import is_device_lost, release_memory
 from tuner.training.head_features import NotCacheable, put_head
 from tuner.training.loop import Diverged
 from tuner.training.prepare import start_heads
@@ -29,11 +27,17 @@ class HeadTraining:
         self._banks = FeatureBanks(bench)
 
     def train(self, members: Members) -> None:
-        """Train a cohort and say how each of its trials ended, or give back those that cannot use features."""
+        """Train a cohort and say how each of its trials ended, or give back those that cannot use features.
+
+        Raises:
+            RuntimeError: If the device is lost.
+        """
         cohort = _Cohort(members)
         try:
             self._run(cohort)
-        except Exception as error:  # noqa: BLE001 - a user's backbone may raise anything, and the search goes on
+        except Exception as error:  # a user's backbone may raise anything, and the search goes on
+            if is_device_lost(error):
+                raise
             reason, is_lasting, outcome = first_line(error), isinstance(error, NotCacheable), cohort.blame(error)
         else:
             return
@@ -48,9 +52,7 @@ class HeadTraining:
     def release_memory(self) -> None:
         """Forget features and model, for what needs the device's memory next; the cache still holds what it kept."""
         self._banks.release_memory()
-        gc.collect()
-        if self._bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._bench.device)
 
     def _run(self, cohort: "_Cohort") -> None:
         """Train the cohort epoch by epoch until all its trials have ended."""
@@ -84,6 +86,8 @@ class HeadTraining:
 
         def find_features(epoch: int) -> Tensor:
             bank, features = self._banks.open_train(first, epoch)
+            if epoch == 1:
+                self._coordinator.send(Started())
             cohort.count_opened(bank)
             cohort.count_epoch(bank, val_bank)
             return features

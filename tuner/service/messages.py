@@ -139,6 +139,11 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Started:
+    """The trials have images, model and features, and begin to train: their time counts from now."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochDone:
     """Trials finished an epoch and wait for their verdict."""
 
@@ -186,7 +191,20 @@ class Crashed:
 
 
 Request = Setup | Describe | Prepare | Train | Verdict
-Reply = Hello | Alive | Description | Note | Progress | Prepared | EpochDone | TrialDone | GivenBack | Refused | Crashed
+Reply = (
+    Hello
+    | Alive
+    | Description
+    | Note
+    | Progress
+    | Prepared
+    | Started
+    | EpochDone
+    | TrialDone
+    | GivenBack
+    | Refused
+    | Crashed
+)
 Message = Request | Reply
 
 
@@ -214,6 +232,7 @@ _KINDS: dict[str, type[Message]] = {
         Note,
         Progress,
         Prepared,
+        Started,
         EpochDone,
         TrialDone,
         GivenBack,

@@ -1,6 +1,7 @@
 """From what was raised in a trial to how it ended."""
 
 import traceback
+from collections.abc import Iterator
 
 from tuner.errors import DataError, ModelError, StorageError
 from tuner.training.device import is_out_of_memory
@@ -12,15 +13,25 @@ def blame(error: Exception) -> TrialOutcome:
     """Return the outcome of a trial that raised an error."""
     if isinstance(error, Diverged):
         return TrialOutcome(state=TrialState.PRUNED, reason=Reason.DIVERGED, message=str(error))
-    if is_out_of_memory(error):
+    causes = list(_list_causes(error))
+    if any(map(is_out_of_memory, causes)):
         return TrialOutcome(state=TrialState.PRUNED, reason=Reason.OUT_OF_MEMORY, message=first_line(error))
-    is_unreadable = isinstance(error, OSError | DataError | ModelError | StorageError)
+    # What a user's own code raised while it made a model is a ModelError too, but no fault of the disk's.
+    is_unreadable = isinstance(causes[-1], OSError | DataError | ModelError | StorageError)
     return TrialOutcome(
         state=TrialState.FAIL,
         reason=Reason.UNREADABLE if is_unreadable else Reason.ERROR,
         message=f"{type(error).__name__}: {first_line(error)}",
         traceback="".join(traceback.format_exception(error)),
     )
+
+
+def _list_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def first_line(error: Exception) -> str:

@@ -5,10 +5,13 @@ no import of the caller's main module, so that a study runs from a script or a n
 its socket, and so is ours for it.
 """
 
+import fcntl
 import math
 import os
 import selectors
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,9 @@ from tuner.service.slots import Slot, bind
 WORKER_MODULE = "tuner.service.worker"
 _GRACE_SECONDS = 5.0
 _LAST_WORDS = 2000
+_MAX_LOG_BYTES = 16_000_000
+_SEND_SECONDS = 5
+_LONGEST_STEP_SECONDS = 1.0
 
 
 class Worker:
@@ -36,7 +42,10 @@ class Worker:
         self.is_stalled = False
         self._ended_for = ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        fcntl.fcntl(self._log, fcntl.F_SETFL, os.O_APPEND)  # so that it can be cut short while the worker writes
         self.connection, theirs = socket.socketpair()
+        # What a stopped worker does not read must not stop the coordinator as well.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
         with theirs:
             self._process = subprocess.Popen(
                 # -P: a file of the working directory must not shadow a module of ours
@@ -59,6 +68,8 @@ class Worker:
         """Send a request; a worker that is gone shows when it is next heard."""
         try:
             self.connection.sendall(encode(request))
+        except BlockingIOError:
+            self.end(f"took no message for {_SEND_SECONDS} s")
         except OSError:
             return
 
@@ -69,6 +80,8 @@ class Worker:
             EOFError: If the worker is gone.
         """
         self.last_heard = time.monotonic()
+        if os.fstat(self._log.fileno()).st_size > _MAX_LOG_BYTES:
+            self._log.truncate(0)
         yield from self._lines.receive()  # type: ignore[misc] # a worker sends replies only
 
     def end(self, reason: str) -> None:
@@ -88,9 +101,14 @@ class Worker:
         if code is None:
             return f"worker {self.number} hung up and cannot be killed"
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        self._log.seek(0)
-        words = self._log.read()[-_LAST_WORDS:].decode(errors="replace").strip()
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LAST_WORDS))
+        words = self._log.read().decode(errors="replace").strip()
         return f"worker {self.number} ended: {how}" + (f"; its last words: {words}" if words else "")
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether another process or the kernel killed this one, once it has ended."""
+        return not self._ended_for and self._process.returncode == -signal.SIGKILL
 
     def close(self) -> None:
         """Hang up: the worker ends by itself when it notices."""
@@ -139,6 +157,9 @@ class Pool:
         self._stall_limit = stall_limit
         self._worker_module = worker_module
         self.workers: dict[int, Worker] = {}
+        self.watched_seconds = 0.0
+        """How long workers were watched; while this process waits for a database, or is stopped, nobody watches."""
+        self._looked_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._n_started = 0
 
@@ -190,6 +211,9 @@ class Pool:
             TunerError: If a worker met a mistake of the user's.
             RuntimeError: If a worker met a bug.
         """
+        now = time.monotonic()
+        self.watched_seconds += min(now - self._looked_at, _LONGEST_STEP_SECONDS)
+        self._looked_at = now
         # All are heard before anything is done about it, which may take longer than they may be silent.
         heard = [event for key, _ in self._selector.select(timeout) for event in self._hear(key.data)]
         heard += [(worker, None) for worker in self._end_stalled()]

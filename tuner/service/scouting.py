@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tuner.errors import SpecError
 from tuner.search.distributions import check_group_counts
 from tuner.search.studies import StudyFacts
-from tuner.service.failures import explain_loss
+from tuner.service.failures import MAX_IDLE_LOSSES, explain_loss
 from tuner.service.messages import Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker
 from tuner.service.slots import Slot, expects_cpu, list_slots, usable_cores
@@ -52,10 +52,7 @@ def scout_study(
     Raises:
         TunerError: If the data, a backbone or a device cannot be used, or does not fit the spec.
     """
-    scout = pool.start(None)
-    set_up(scout, spec, Slot(device="none", n_threads=usable_cores()))
-    scout.send(Describe(timed=timed))
-    scouting = _Scouting(pool, spec, scout, n_workers=n_workers, starts_workers=starts_workers)
+    scouting = _Scouting(pool, spec, n_workers=n_workers, timed=timed, starts_workers=starts_workers)
     while (description := scouting.description) is None:
         if must_stop():
             return None
@@ -69,28 +66,48 @@ class _Scouting:
     """What has been heard until the description is there. Mutable."""
 
     def __init__(
-        self, pool: Pool, spec: StudySpec, scout: Worker, *, n_workers: int | None, starts_workers: bool
+        self, pool: Pool, spec: StudySpec, *, n_workers: int | None, timed: bool, starts_workers: bool
     ) -> None:
-        self._pool, self._spec, self._scout = pool, spec, scout
-        self._n_workers, self._starts_workers = n_workers, starts_workers
+        self._pool, self._spec = pool, spec
+        self._n_workers, self._timed, self._starts_workers = n_workers, timed, starts_workers
+        self._n_lost = 0
+        self._scout = self._start_scout()
         self.slots: tuple[Slot, ...] = ()
         self.ready: set[int] = set()
         self.description: Description | None = None
         if expects_cpu(spec.workers):
             self._start_workers(())  # torch takes them as long to load as it takes the scout
 
+    def _start_scout(self) -> Worker:
+        scout = self._pool.start(None)
+        set_up(scout, self._spec, Slot(device="none", n_threads=usable_cores()))
+        scout.send(Describe(timed=self._timed))
+        return scout
+
     def listen(self) -> None:
         """Wait for the next replies."""
         for worker, reply in self._pool.wait(TICK_SECONDS):
             match reply:
                 case None:
-                    raise explain_loss(worker.describe_end())
+                    self._replace(worker)
                 case Hello() if worker is self._scout:
                     self._start_workers(reply.cuda_devices)
                 case Hello():
                     self.ready.add(worker.number)
                 case Description():
                     self.description = reply
+
+    def _replace(self, worker: Worker) -> None:
+        """Start another worker in a lost one's place; who kills three of them means it."""
+        message = worker.describe_end()
+        self._n_lost += 1
+        if self._n_lost >= MAX_IDLE_LOSSES:
+            raise explain_loss(message)
+        self.ready.discard(worker.number)
+        if worker.slot is not None:
+            start_worker(self._pool, self._spec, worker.slot)
+        else:
+            self._scout = self._start_scout()
 
     def _start_workers(self, cuda_devices: Sequence[str]) -> None:
         """Start the workers that will train, unless they have started on these devices."""

@@ -1,14 +1,13 @@
 """The loop of a run: give work to idle workers, listen, report, prune, tell."""
 
 import math
-import time
 from collections import deque
 from dataclasses import dataclass
 
 from tuner.errors import SearchError
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
-from tuner.service.failures import FailureCount, blame_loss
+from tuner.service.failures import FailureCount, Loss
 from tuner.service.messages import (
     Alive,
     EpochDone,
@@ -19,6 +18,7 @@ from tuner.service.messages import (
     Prepared,
     Progress,
     Reply,
+    Started,
     Train,
     TrialDone,
     Verdict,
@@ -51,8 +51,9 @@ class _Training:
     """What a worker trains. Mutable: its trials end one by one."""
 
     members: dict[int, TrialParams]
-    deadline: float
-    """On the monotonic clock."""
+    n_given: int
+    deadline: float = math.inf
+    """On the pool's clock: a trial that waits for a verdict while the database is locked loses no time."""
 
 
 class SearchLoop:
@@ -157,8 +158,7 @@ class SearchLoop:
         if batch is None:
             return False
         members = dict(batch.members)
-        limit = self._spec.search.trial_timeout
-        self._busy[worker.number] = _Training(members=members, deadline=time.monotonic() + (limit or math.inf))
+        self._busy[worker.number] = _Training(members=members, n_given=len(members))
         checkpoint = "" if batch.uses_features else str(self._files.find_checkpoint(batch.members[0][0]))
         worker.send(
             Train(
@@ -190,9 +190,8 @@ class SearchLoop:
 
     def _end_overdue(self) -> None:
         """End workers whose trials take longer than the user allows."""
-        now = time.monotonic()
         for number, job in tuple(self._busy.items()):
-            if isinstance(job, _Training) and now > job.deadline:
+            if isinstance(job, _Training) and self._pool.watched_seconds > job.deadline:
                 worker = self._pool.workers[number]
                 self._pool.end(worker, f"trained longer than {self._spec.search.trial_timeout:g} s")
                 self._lose(worker, is_overdue=True)
@@ -205,7 +204,10 @@ class SearchLoop:
                 pass
             case Note():
                 self._display.show(Noted(text=reply.text))
+            case Started():
+                self._start_clock(worker)
             case Progress():
+                self._start_clock(worker)  # what trials share is made on nobody's time
                 progress = Progressed(worker=worker.number, text=reply.text, n_done=reply.n_done, n_total=reply.n_total)
                 self._display.show(progress)
             case Prepared():
@@ -220,6 +222,11 @@ class SearchLoop:
             case _:
                 raise TypeError(f"unexpected reply: {reply}")
 
+    def _start_clock(self, worker: Worker) -> None:
+        job, limit = self._busy.get(worker.number), self._spec.search.trial_timeout
+        if isinstance(job, _Training) and limit is not None:
+            job.deadline = self._pool.watched_seconds + limit
+
     def _judge(self, worker: Worker, done: EpochDone) -> None:
         """Report an epoch, and answer with what the trials are to do."""
         n_epochs, objective = self._spec.training.epochs, self._spec.study.objective
@@ -233,13 +240,13 @@ class SearchLoop:
 
     def _finish(self, worker: Worker, done: TrialDone) -> None:
         """Tell a trial that ended by itself, by the pruner or by an error."""
-        is_screen = self._book.is_screen(done.number)
+        is_screen, origin = self._book.is_screen(done.number), self._book.origin(done.number)
         value = self._book.tell(done.number, done.outcome, done.usage)
         self._announce(worker, done.number, done.outcome, value)
         self._files.note_end(kept=done.kept)
         self._release(worker, (done.number,))
         if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
-            self._failures.count(done.outcome)
+            self._failures.count(origin, done.outcome)
 
     def _release(self, worker: Worker, numbers: tuple[int, ...]) -> tuple[tuple[int, TrialParams], ...]:
         """Take trials from a worker, which is idle after its last; return their numbers and recipes."""
@@ -279,13 +286,21 @@ class SearchLoop:
         self._display.show(Noted(text=f"{message}; another one takes its place"))
         self._ready.discard(worker.number)
         match self._busy.pop(worker.number, None):
-            case _Training(members=members):
-                outcome = blame_loss(message, n_lost=len(members), is_stalled=worker.is_stalled, is_overdue=is_overdue)
+            case _Training(members=members, n_given=n_given):
+                loss = Loss(
+                    message=message,
+                    n_given=n_given,
+                    was_killed=worker.was_killed,
+                    is_stalled=worker.is_stalled,
+                    is_overdue=is_overdue,
+                )
+                outcome = self._failures.blame(loss)
+                origin = self._book.origin(min(members))
                 for number in members:
                     self._book.tell(number, outcome)
                     self._announce(worker, number, outcome, None)
                     self._files.note_end(kept=False)
-                self._failures.count(outcome)  # once: it was one accident
+                self._failures.count(origin, outcome)  # once: it was one accident
             case job:
                 self._failures.count_idle_loss(message)
                 if job is not None:

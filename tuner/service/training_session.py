@@ -1,11 +1,12 @@
 """What a worker does: make ready what all workers need, and train trials."""
 
-import gc
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from time import monotonic
-
-import torch
+from time import monotonic, sleep
+from typing import Never
 
 from tuner.data.splits import search_rows
 from tuner.data.store import open_store
@@ -13,17 +14,20 @@ from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
 from tuner.service.head_training import HeadTraining
-from tuner.service.messages import Coordinator, EpochDone, Progress, Train, TrialDone
-from tuner.service.outcomes import blame
+from tuner.service.messages import Coordinator, EpochDone, Progress, Started, Train, TrialDone
+from tuner.service.outcomes import blame, first_line
 from tuner.service.slots import usable_cores
 from tuner.service.workbench import Workbench
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
+from tuner.training.device import is_device_lost, release_memory
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState
 
 _N_NAMED = 5
 _PROGRESS_SECONDS = 0.25
+_UNREADABLE_SECONDS = 5.0
+"""How long a worker waits after files could not be read: a disk that is away comes back in seconds, or not at all."""
 
 
 class TrainingSession:
@@ -103,23 +107,29 @@ class TrainingSession:
 
     def train(self, request: Train) -> None:
         """Train the trials of a request, and say of each how it ended: what goes wrong in one is an outcome."""
-        if request.uses_features:
-            self._heads.train(request.members)
-            return
-        if self._bench.device.type == "cuda":
-            self._heads.release_memory()  # a whole model needs the device's memory more
-        for number, params in request.members:
-            self._coordinator.send(self._train_alone(number, params, request.checkpoint))
+        try:
+            if request.uses_features:
+                self._heads.train(request.members)
+                return
+            if self._bench.device.type == "cuda":
+                self._heads.release_memory()  # a whole model needs the device's memory more
+            for number, params in request.members:
+                self._coordinator.send(self._train_alone(number, params, request.checkpoint))
+        except RuntimeError as error:
+            if is_device_lost(error):
+                _give_up(error)
+            raise
 
     def _train_alone(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
         try:
             return self._run_trial(number, params, checkpoint)
-        except Exception as error:  # noqa: BLE001 - a user's backbone may raise anything, and the search goes on
+        except Exception as error:  # a user's backbone may raise anything, and the search goes on
+            if is_device_lost(error):
+                raise
             outcome = blame(error)
-        # Out of the except block: its traceback held on to the trial's tensors.
-        gc.collect()
-        if self._bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory(self._bench.device)  # out of the except block: its traceback held on to the trial's tensors
+        if outcome.reason is Reason.UNREADABLE:
+            sleep(_UNREADABLE_SECONDS)
         return TrialDone(number=number, outcome=outcome)
 
     def _run_trial(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
@@ -134,10 +144,11 @@ class TrainingSession:
             device=self._bench.device,
         )
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
-        file = self._find_checkpoint(number, params, checkpoint)
-        saved = None if file is None else file.read(job.model)
+        file = self._find_checkpoint(number, job, checkpoint)
+        saved = None if file is None else file.read()
         if saved is not None and not self._replay(number, saved):
             return TrialDone(number=number, outcome=outcome)
+        self._coordinator.send(Started())
         for result, scores in train_epochs(job, file, saved):
             verdict = self._coordinator.ask_verdict(EpochDone(results=((number, result),)))
             if number in verdict.stop:
@@ -147,13 +158,20 @@ class TrainingSession:
                 kept = verdict.keep == number and self._bench.keep_model(job.model, params, verdict)
         return TrialDone(number=number, outcome=outcome, kept=kept)
 
-    def _find_checkpoint(self, number: int, params: TrialParams, checkpoint: str) -> CheckpointFile | None:
+    def _find_checkpoint(self, number: int, job: TrainingJob, checkpoint: str) -> CheckpointFile | None:
         if not checkpoint:
             return None
+        made_from = {
+            "data_hash": self._data.hash,
+            "image_size": self._spec.data.image_size,
+            "resize": self._spec.data.resize,
+            "preprocessing": asdict(job.preprocessing),
+            "kwargs": self._bench.section(job.params.backbone).kwargs,
+        }
         return CheckpointFile(
             Path(checkpoint),
             number=number,
-            identity=identify_trial(params, self._data.hash, self._bench.device),
+            identity=identify_trial(job.params, job.model, job.device, made_from=made_from),
             every_seconds=self._spec.workers.checkpoint_every,
             note=self._bench.note,
         )
@@ -163,3 +181,10 @@ class TrainingSession:
         self._bench.note(f"trial {number} goes on after epoch {len(saved.results)} of trial {saved.number}")
         verdicts = (self._coordinator.ask_verdict(EpochDone(results=((number, result),))) for result in saved.results)
         return not any(number in verdict.stop for verdict in verdicts)
+
+
+def _give_up(error: RuntimeError) -> Never:
+    """End this process, whose CUDA context is broken; another one takes over, and its trials are tried again."""
+    sys.stderr.write(first_line(error))
+    sys.stderr.flush()
+    os._exit(1)

@@ -8,6 +8,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from tuner.spec.space import PARAMETERS, Choices, Distribution, is_number
 
+MIN_IMAGE_SIZE = 8
+MAX_IMAGE_SIZE = 2048
+"""Both in px. A batch of larger images would fill any memory."""
 _DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m(?:in)?)?(?:(?P<s>\d+(?:\.\d+)?)s)?")
 
 
@@ -134,7 +137,7 @@ class DataSection(Section):
     """torchvision only: the class in torchvision.datasets, such as FashionMNIST."""
     classes: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Keep only these classes, in this order. Default: all, sorted by name."""
-    image_size: Annotated[int, _within(8)] = 224
+    image_size: Annotated[int, _within(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)] = 224
     """Height and width that every image is resized to, in px."""
     resize: Literal["squash", "crop"] = "squash"
     """squash: to the square, whatever the shape; crop: shorter side to the size, then the centre."""
@@ -217,7 +220,7 @@ class SearchSection(Section):
     timeout: Annotated[float, BeforeValidator(parse_duration)] | None = None
     """Of one run: after it no trial starts, and the running ones finish. Default: none."""
     trial_timeout: Annotated[float, BeforeValidator(parse_duration)] | None = None
-    """Of one trial: one that takes longer is ended, and the sampler learns to avoid its like. Default: none."""
+    """Of one trial, from its first step. One that takes longer is ended, and samplers avoid its like. Default: none."""
 
 
 class WorkersSection(Section):

@@ -1,5 +1,6 @@
 """What depends on the device: its name, its number formats, its seeds, and how it says that memory is out."""
 
+import gc
 import random
 from contextlib import AbstractContextManager, nullcontext
 
@@ -62,3 +63,19 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY_WORDS)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error says that CUDA failed: after most such errors every call of this process fails as well."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not is_out_of_memory(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more.
+
+    Raises:
+        RuntimeError: If the device is lost.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

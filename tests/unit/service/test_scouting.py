@@ -1,11 +1,12 @@
 """Which workers start, and when."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tuner.errors import SearchError
 from tuner.service import scouting
 from tuner.service.messages import Describe, Description, Hello, Reply, Request
 from tuner.service.scouting import Scouted, scout_study
@@ -41,15 +42,19 @@ class StandIn:
         """Keep a request."""
         self.sent.append(request)
 
+    def describe_end(self) -> str:
+        """Return how it ended."""
+        return f"worker {self.number} ended: killed by signal 9"
+
 
 class StandInPool:
     """A pool whose first worker describes the study, on a machine with some CUDA devices."""
 
-    def __init__(self, *cuda_devices: str) -> None:
+    def __init__(self, *cuda_devices: str, lost: Sequence[int] = ()) -> None:
         self.workers: dict[int, StandIn] = {}
         self.started: list[StandIn] = []
         self.n_before_hello = 0
-        self._cuda_devices = cuda_devices
+        self._cuda_devices, self._lost = cuda_devices, list(lost)
         self._is_asked = False
 
     def start(self, slot: Slot | None) -> StandIn:
@@ -63,12 +68,15 @@ class StandInPool:
         """End a worker."""
         del self.workers[worker.number]
 
-    def wait(self, _: float) -> Iterator[tuple[StandIn, Reply]]:
-        """Yield the greetings of all workers, and the description of the first."""
-        scout = self.started[0]
+    def wait(self, _: float) -> Iterator[tuple[StandIn, Reply | None]]:
+        """Yield the loss of a worker that is to be lost; else the greetings of all, and the scout's description."""
+        if self._lost:
+            yield self.workers.pop(self._lost.pop(0)), None
+            return
+        scout = next(worker for worker in self.workers.values() if worker.slot is None)
         assert isinstance(scout.sent[-1], Describe)
         self.n_before_hello = len(self.started)
-        for worker in reversed(self.started.copy()):  # the first one is the last to be up
+        for worker in reversed(list(self.workers.values())):  # the first one is the last to be up
             yield worker, Hello(cuda_devices=self._cuda_devices)
         yield scout, DESCRIPTION
 
@@ -109,3 +117,19 @@ def test_workers_that_started_for_the_wrong_device_are_replaced(monkeypatch: pyt
     assert [slot.device for slot in scouted.slots] == ["cuda:0", "cuda:1"]
     assert [worker.slot and worker.slot.device for worker in pool.workers.values()] == ["cuda:0", "cuda:1"]
     assert scouted.ready == frozenset()
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [0, 2]])
+def test_workers_that_are_lost_are_replaced(lost: list[int]) -> None:
+    """The scout by another scout, the others by others in their slots."""
+    pool = StandInPool(lost=lost)
+    scouted = scout(pool, make_spec(devices="cpu"), n_workers=2)
+    assert len(pool.started) == 2 + len(lost)
+    assert scouted.ready == set(range(2 + len(lost))) - set(lost)
+    assert all(worker.slot in scouted.slots for worker in pool.workers.values())
+
+
+def test_scouting_gives_up_when_a_third_worker_is_lost() -> None:
+    """What kills every worker is no accident."""
+    with pytest.raises(SearchError, match="workers: must be able to start and prepare the study, but worker 3 ended"):
+        scout(StandInPool(lost=[0, 2, 3]), make_spec(devices="cpu"), n_workers=2)

@@ -1,0 +1,44 @@
+"""Workers and runs that are lost at the edges: before the first trial, after the last, and with their device."""
+
+from pathlib import Path
+
+from tests.e2e.harness import kill, make_place, wait_until
+from tests.e2e.test_run import assert_is_whole, read_study
+
+
+def test_worker_killed_before_the_first_trial_is_replaced(tmp_path: Path) -> None:
+    """It may be the one that looks at the data."""
+    place = make_place(tmp_path, n_trials=2)
+    process = place.start_run()
+    wait_until(lambda: len(place.list_workers()) > 0)
+    kill(place.list_workers()[0])
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert_is_whole(place, 2)
+    assert place.list_workers() == []
+
+
+def test_worker_whose_device_is_lost_is_replaced(tmp_path: Path) -> None:
+    """After a CUDA error every trial of that process would fail; in another one this trial completes."""
+    place = make_place(tmp_path, backbones=("own:cursed",), n_trials=2, pruner="none")
+    code, output = place.run()
+    assert code == 0, output
+    assert "CUDA error: device-side assert triggered; another one takes its place" in output
+    reasons = [trial.user_attrs.get("reason") for trial in read_study(place).get_trials(deepcopy=False)]
+    assert sorted(map(str, reasons)) == ["None", "None", "worker_lost"]
+    assert_is_whole(place, 2)
+
+
+def test_killed_run_that_needs_no_more_trials_leaves_nothing_running(tmp_path: Path) -> None:
+    """With fewer trials wanted there is nothing left to run, but what the killed run left is put in order."""
+    place = make_place(tmp_path, backbones=("own:slow",), epochs=10, n_trials=50, pruner="none")
+    process = place.start_run()
+    wait_until(lambda: place.count_trials("COMPLETE") >= 2 and place.count_trials("RUNNING") == 2)
+    kill(process.pid)
+    process.communicate()
+    half = tmp_path / "studies.db.models" / "digits" / ".trial-7.1.tmp"
+    half.mkdir(parents=True, exist_ok=True)
+    code, output = place.run("--trials", "2")
+    assert code == 0, output
+    assert place.count_trials("RUNNING") == 0
+    assert not half.exists()

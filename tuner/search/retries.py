@@ -1,0 +1,35 @@
+"""Trials that are tried again: how often, and what the next attempt knows of the first."""
+
+from typing import Any
+
+from optuna.trial import FrozenTrial, Trial
+
+from tuner.search.screening import DEEPER_ATTR, SCREEN_ATTR
+
+_FIRST_ATTR = "first_attempt"
+_MAX_RETRIES = 2
+
+
+def find_origin(trial: Trial | FrozenTrial) -> int:
+    """Return the number of a trial's first attempt, from which all attempts have their seed and their checkpoint."""
+    return int(trial.user_attrs.get(_FIRST_ATTR, trial.number))
+
+
+def count_attempts(trial: Trial | FrozenTrial) -> int:
+    """Return how often a trial's point was lost with its worker, its cohort or its files before."""
+    return int(trial.user_attrs.get("attempt", 0))
+
+
+def describe_retry(trial: FrozenTrial, *, is_suspect: bool) -> dict[str, Any] | None:
+    """Return the user attributes of the next attempt at a lost trial; None if there is none.
+
+    Args:
+        trial: The lost one.
+        is_suspect: Whether the point itself may be at fault. Such a one is tried again twice at most.
+    """
+    n_attempts = count_attempts(trial)
+    if not trial.params or (is_suspect and n_attempts >= _MAX_RETRIES):
+        return None
+    purpose = {key: value for key, value in trial.user_attrs.items() if key in {SCREEN_ATTR, DEEPER_ATTR}}
+    history = {_FIRST_ATTR: find_origin(trial), "retry_of": trial.number, "attempt": n_attempts + is_suspect}
+    return purpose | history
