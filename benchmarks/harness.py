@@ -77,7 +77,7 @@ def _summarise(values: list[float], baseline: list[float]) -> dict[str, Any]:
 
 
 def describe_provenance() -> dict[str, Any]:
-    """Return where numbers come from: commit, date, command, versions, machine, load."""
+    """Return where numbers come from: commit and whether the tree was that, date, command, versions, machine, load."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
         capture_output=True,
@@ -87,6 +87,7 @@ def describe_provenance() -> dict[str, Any]:
     )
     return {
         "commit": commit.stdout.strip() or "unknown",
+        "dirty": _is_dirty(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks", *_hide_folders(sys.argv[1:])]),
         "python": platform.python_version(),
@@ -94,6 +95,17 @@ def describe_provenance() -> dict[str, Any]:
         "device": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
         "load_average": os.getloadavg()[0],
     }
+
+
+def _is_dirty() -> bool | None:
+    """Whether files differ from the commit, results aside; None where that cannot be said."""
+    changes = subprocess.run(
+        ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results"],  # noqa: S607
+        capture_output=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return None if changes.returncode else bool(changes.stdout)
 
 
 def _hide_folders(arguments: list[str]) -> list[str]:

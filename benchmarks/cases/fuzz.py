@@ -4,7 +4,8 @@ A study file gives a spec that survives JSON, or problems of one printable line 
 exception, which the store counts as a bad image. Through the command line no broken study file gives exit code 1 or a
 traceback. Whatever else happens is a finding: another exception, the death of the process, more than 5 s of its time or
 64 MB for a study file, more than 30 s or 2.4 GB for an image (16 bytes for each pixel of the largest one allowed). Each
-input is made from its seed alone: ``fuzz_checks.make_input(kind, seed)`` gives it again.
+input is made from its seed alone: ``fuzz_checks.make_input(kind, seed)`` gives it again. Images that take more than 5 s
+of their 30 s are named as slow.
 """
 
 import os
@@ -71,8 +72,10 @@ def describe_tallies(tallies: dict[str, Tally], _: Mapping[str, list[float]], __
         kind: {
             "outcomes": dict(tally.outcomes.most_common()),
             "findings": tally.findings,
+            "slow, not over the limit": tally.slow,
             "slowest_seconds": round(tally.slowest_seconds, 3),
             "peak_megabytes": round(tally.peak_megabytes, 1),
+            "sees_every_peak": tally.sees_every_peak,
         }
         for kind, tally in tallies.items()
     }

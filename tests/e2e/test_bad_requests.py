@@ -68,17 +68,17 @@ STORAGES: list[tuple[str, Prepare, str]] = [
     (
         "postgresql://user:secret@host/db",
         bool,
-        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgresql://***@host/db'",
+        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgresql://***'",
     ),
     (
         "postgresql://user:secret@host:port/db",
         bool,
-        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgresql://***@host:port/db'",
+        "storage: must be an SQLite URL such as sqlite:///studies.db, got 'postgresql://***'",
     ),
     (
         "postgres//user:secret@host/db",
         bool,
-        "storage: must be an SQLite URL such as sqlite:///studies.db, got '***@host/db'",
+        "storage: must be an SQLite URL such as sqlite:///studies.db, got '***'",
     ),
     (
         "sqlite:////proc/studies.db",

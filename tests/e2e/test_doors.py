@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import make_server
+from wsgiref.util import setup_testing_defaults
 
 import optuna
 import optuna_dashboard
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 
 from tests.e2e.harness import Place
+from tests.properties import reduced
+from tests.properties.test_names import study_names
 from tests.unit.production.builders import make_spec, store_study, write_images
 from tuner.search.storage import use_storage
 from tuner.service.dashboard import _QuietHandler, guard
@@ -181,8 +186,10 @@ def test_dashboard_on_all_addresses_prints_no_token_of_the_users(place: Place, m
 
 @pytest.fixture
 def artifacts(place: Place, tmp_path: Path) -> Iterator[tuple[Board, list[str]]]:
-    """A guarded dashboard over artifacts: a page and a drawing that run scripts, and a harmless picture."""
-    store = FileSystemArtifactStore(str(tmp_path))
+    """A guarded dashboard over artifacts: a page and a drawing that run scripts, a harmless picture, and a way out."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "outside").write_text("SQLite import")
+    store = FileSystemArtifactStore(str(tmp_path / "store"))
     with use_storage(f"sqlite:///{place.folder}/studies.db") as storage:
         study = optuna.load_study(study_name=_STUDY, storage=storage)
         paths = []
@@ -193,6 +200,8 @@ def artifacts(place: Place, tmp_path: Path) -> Iterator[tuple[Board, list[str]]]
                 artifact_store=store, file_path=str(file), study_or_trial=study, mimetype=kind, storage=storage
             )
             paths.append(f"/artifacts/1/{identity}")
+        way_out = {"artifact_id": "../outside", "filename": "x", "mimetype": "text/plain", "encoding": None}
+        storage.set_study_system_attr(study._study_id, "artifacts:../outside", json.dumps(way_out))
         app = guard(optuna_dashboard.wsgi(storage, artifact_store=store))
         with make_server("127.0.0.1", 0, app, handler_class=_QuietHandler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -216,11 +225,52 @@ def test_artifact_that_is_a_script_is_inert(artifacts: tuple[Board, list[str]]) 
 
 
 @pytest.mark.parametrize(
-    "path", ["/artifacts/1/..%2f..%2fstudies.db", "/static/..%2f..%2f_app.py", "/static/../_app.py"]
+    "path", ["/artifacts/1/..%2foutside", "/artifacts/1/../outside", "/static/..%2f_app.py", "/static/../_app.py"]
 )
 def test_no_path_leads_out_of_its_folder(path: str, artifacts: tuple[Board, list[str]]) -> None:
-    """The database and the program's files are not served."""
+    """What lies beside the artifacts, known to the database by that path, and the program's files are not served."""
+    assert (Path(optuna_dashboard.__file__).parent / "_app.py").is_file()
     status, _, body = artifacts[0].fetch(path)
     assert status in {403, 404}
     assert "SQLite" not in body
     assert "import" not in body
+
+
+def ask(app: Any, path: str) -> tuple[int, dict[str, str], str]:
+    """Send a request to an application in this process; return status, headers and body."""
+    answers: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def start(status: str, headers: list[tuple[str, str]], *_: object) -> None:
+        answers.append((status, headers))
+
+    request: dict[str, Any] = {"HTTP_HOST": "localhost", "PATH_INFO": path}
+    setup_testing_defaults(request)
+    answer = app(request, start)
+    body = b"".join(answer).decode()
+    getattr(answer, "close", bool)()
+    ((status, headers),) = answers
+    return int(status.split()[0]), dict(headers), body
+
+
+@settings(max_examples=reduced(10))
+@given(names=st.lists(study_names, min_size=1, max_size=3, unique=True))
+@example(names=["日本 \u00e9; x=\"'", "\u00e9", "<img src=x onerror=alert(1)>"])
+def test_every_name_goes_through_the_dashboard_as_data(names: list[str]) -> None:
+    """Names are values in JSON, in no page, and in one header of a download that every browser takes."""
+    with warnings.catch_warnings(action="ignore"):
+        storage = optuna.storages.InMemoryStorage()
+        app = guard(optuna_dashboard.wsgi(storage))
+    page = ask(app, "/dashboard")[2]
+    for name in names:
+        identity = optuna.create_study(storage=storage, study_name=name)._study_id
+        assert ask(app, f"/dashboard/studies/{identity}")[2] == page
+        status, headers, _ = ask(app, f"/csv/{identity}")
+        assert (status, headers["Content-Type"].partition(";")[0]) == (200, "text/csv")
+        saved = headers["Content-Disposition"].encode("latin-1").decode()  # as wsgiref sends it
+        assert saved.startswith("attachment; filename=")
+        assert saved.isprintable()
+        assert not set(saved) & set('<>"')
+    status, headers, body = ask(app, "/api/studies")
+    assert (status, headers["Content-Type"]) == (200, "application/json")
+    assert headers["Content-Security-Policy"] == "sandbox"
+    assert sorted(study["study_name"] for study in json.loads(body)["study_summaries"]) == sorted(names)

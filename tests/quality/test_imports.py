@@ -49,6 +49,7 @@ OUTSIDE = {
     "matplotlib": {"production"},
     "sklearn": {"data"},
     "PIL": {"data", "production"},
+    "tomli_w": {"production", "service.initial_study"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuner.cli.options import format_table, json_option
+from tuner.cli.options import format_table, json_option, say
 
 if TYPE_CHECKING:
     from tuner.data.cache import CacheEntry, Kind
@@ -39,13 +39,13 @@ def cache(kinds: tuple["Kind", ...], clear: bool, yes: bool, as_json: bool) -> N
         raise click.UsageError("--yes goes with --clear.")
     entries = [entry for entry in list_entries() if not kinds or entry.kind in kinds]
     if not clear:
-        click.echo(_list_as_json(entries) if as_json else _describe(entries))
+        say(_list_as_json(entries) if as_json else _describe(entries))
         return
     if not yes:
         what = f"{len(entries)} entries, {_format_bytes(_sum_bytes(entries))}, from {_folder()}"
         click.confirm(f"Clear {what}?", abort=True, err=as_json)
     freed = clear_cache(kinds or None)
-    click.echo(json.dumps({"freed_bytes": freed}) if as_json else f"freed {_format_bytes(freed)}")
+    say(json.dumps({"freed_bytes": freed}) if as_json else f"freed {_format_bytes(freed)}")
 
 
 def _folder() -> str:

@@ -1,5 +1,6 @@
 """The command group, and how errors become exit codes. Heavy imports wait inside the commands."""
 
+import errno
 import os
 import sys
 from importlib.metadata import version
@@ -7,14 +8,26 @@ from importlib.metadata import version
 import click
 
 from tuner.cli.cache import cache
-from tuner.cli.options import as_printable
 from tuner.cli.results import backup, best, delete, list_, show, status, trials
 from tuner.cli.searching import check, dashboard, init, run
 from tuner.cli.using import predict, train
-from tuner.errors import EXIT_SIGINT, TunerError
+from tuner.errors import EXIT_SIGINT, StorageError, TunerError
+from tuner.spec.printable import as_printable
 
 _EXIT_BROKEN_PIPE = 141
 _EXIT_DECLINED = 2
+_USERS_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+}
+"""What a path or a disk of the user's can cause anywhere; a file that is not there, say, may as well be a bug."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,7 +57,7 @@ def main() -> None:
 def run_command(arguments: list[str]) -> int:
     """Run one command; return its exit code. A user's mistake is one clear line on stderr, a bug a traceback."""
     try:
-        code = cli.main(arguments, prog_name="tuner", standalone_mode=False)
+        code = _call(arguments)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -62,3 +75,19 @@ def run_command(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_BROKEN_PIPE
     return code if isinstance(code, int) else 0
+
+
+def _call(arguments: list[str]) -> object:
+    """Run one command; return what it returned.
+
+    Raises:
+        StorageError: Also for what the user's path or disk makes fail anywhere.
+    """
+    try:
+        return cli.main(arguments, prog_name="tuner", standalone_mode=False)
+    except OSError as error:
+        if error.filename is None or error.errno not in _USERS_ERRNOS:
+            raise
+        place = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        what = f"must be a place that can be read and written, got: {error.strerror}"
+        raise StorageError(f"{as_printable(place)}: {what}") from error

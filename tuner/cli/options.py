@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from tuner.spec.printable import as_printable, as_printable_lines
+
 storage_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
     "--storage", metavar="URL", help="SQLite URL.  [default: TUNER_STORAGE, else sqlite:///studies.db]"
 )
@@ -13,14 +15,14 @@ json_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
 )
 
 
-def as_printable(text: object) -> str:
-    """Return text for a terminal: a name from a file or a database must not move its cursor, or end a line."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
+def say(text: object, *, err: bool = False) -> None:
+    """Print lines for a person; nothing in them that a database or a file brought moves the terminal's cursor."""
+    click.echo(as_printable_lines(text), err=err)
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return rows under a header, in columns as wide as their widest cell."""
-    lines = [list(header), *([as_printable(cell) for cell in row] for row in rows)]
+    lines = [[as_printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

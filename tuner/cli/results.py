@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from tuner.cli.options import format_table, format_value, json_option, storage_option
+from tuner.cli.options import format_table, format_value, json_option, say, storage_option
+from tuner.spec.printable import as_printable
 
 
 @click.command("list")
@@ -37,7 +38,7 @@ def list_(storage: str | None, as_json: bool) -> None:
         )
         for summary in summaries
     ]
-    click.echo(format_table(("STUDY", "TRIALS", "OBJECTIVE", "BEST"), rows) if rows else "no studies")
+    say(format_table(("STUDY", "TRIALS", "OBJECTIVE", "BEST"), rows) if rows else "no studies")
 
 
 @click.command()
@@ -55,7 +56,7 @@ def status(study: str, storage: str | None, as_json: bool) -> None:
     from tuner.service.result import describe_status
 
     found = read_study_status(study, storage)
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else describe_status(found))
+    say(json.dumps(found.to_json(), indent=2) if as_json else describe_status(found))
 
 
 @click.command()
@@ -75,14 +76,17 @@ def trials(study: str, storage: str | None, as_csv: bool) -> None:
     header = list(rows[0]) if rows else ["number"]
     if as_csv:
         text = io.StringIO()
-        writer = csv.DictWriter(text, header, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(_for_cell, header))
+        writer.writerows([_for_cell(value) for value in row.values()] for row in rows)
         click.echo(text.getvalue(), nl=False)
         return
-    click.echo(
-        format_table([name.upper() for name in header], [[_short(value) for value in row.values()] for row in rows])
-    )
+    say(format_table([name.upper() for name in header], [[_short(value) for value in row.values()] for row in rows]))
+
+
+def _for_cell(value: Any) -> Any:
+    """Return a value for CSV, which is looked at in terminals too; csv itself takes None as nothing."""
+    return as_printable(value) if isinstance(value, str) else value
 
 
 def _short(value: Any) -> str:
@@ -106,7 +110,7 @@ def show(study: str, number: int, storage: str | None, as_json: bool) -> None:
     from tuner.production.reading import describe_trial, read_trial
 
     trial = read_trial(study, number, storage)
-    click.echo(json.dumps(trial, indent=2) if as_json else describe_trial(trial))
+    say(json.dumps(trial, indent=2) if as_json else describe_trial(trial))
 
 
 @click.command()
@@ -144,7 +148,7 @@ def delete(study: str, storage: str | None, yes: bool) -> None:
         n_trials = sum(found.counts.values())
         click.confirm(f"Delete study {study!r} with {n_trials} trials from {found.storage}?", abort=True)
     delete_study(study, storage)
-    click.echo(f"deleted {study!r}")
+    say(f"deleted {study!r}")
 
 
 @click.command()
@@ -164,6 +168,6 @@ def backup(dest: Path, storage: str | None, force: bool) -> None:
 
     url = resolve_url(storage)
     copy = back_up(url, dest, force=force)
-    click.echo(f"wrote {copy.path}: {copy.n_studies} studies, {copy.n_bytes / 1e6:.1f} MB, checked")
-    click.echo(f"the models in {files_folder(url)} are not in it")
-    click.echo(f"use it: {shlex.join(['tuner', 'list', '--storage', f'sqlite:///{copy.path}'])}")
+    say(f"wrote {copy.path}: {copy.n_studies} studies, {copy.n_bytes / 1e6:.1f} MB, checked")
+    say(f"the models in {files_folder(url)} are not in it")
+    say(f"use it: {shlex.join(['tuner', 'list', '--storage', f'sqlite:///{copy.path}'])}")

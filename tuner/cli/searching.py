@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuner.cli.options import json_option, storage_option
+from tuner.cli.options import json_option, say, storage_option
 from tuner.errors import EXIT_SIGINT, EXIT_SIGTERM
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def init(folder: Path, out: Path | None) -> None:
     from tuner.service.initial_study import write_initial_study
 
     written, summary = write_initial_study(folder, out)
-    click.echo(f"{summary}\nwrote {written}; next: {shlex.join(['tuner', 'check', str(written)])}")
+    say(f"{summary}\nwrote {written}; next: {shlex.join(['tuner', 'check', str(written)])}")
 
 
 @click.command()
@@ -48,7 +48,7 @@ def check(study_file: Path, storage: str | None, as_json: bool) -> None:
     from tuner.spec.study import load_spec
 
     plan = make_plan(load_spec(study_file), storage=storage)
-    click.echo(json.dumps(plan.to_json(), indent=2) if as_json else describe_plan(plan))
+    say(json.dumps(plan.to_json(), indent=2) if as_json else describe_plan(plan))
 
 
 @click.command()
@@ -87,7 +87,7 @@ def run(  # noqa: PLR0917 - click passes each option
     again = [str(study_file)]
     for option, value in (("--trials", trials), ("--timeout", timeout), ("--workers", workers), ("--storage", storage)):
         again += [] if value is None else [option, str(value)]
-    click.echo(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, again))
+    say(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, again))
     return _STOP_CODES.get(status.stopped_by, 0)
 
 
@@ -149,4 +149,4 @@ def dashboard(storage: str | None, host: str, port: int, write: bool) -> None:
     """
     from tuner.service.dashboard import serve_dashboard
 
-    serve_dashboard(storage, host=host, port=port, writable=write, announce=click.echo)
+    serve_dashboard(storage, host=host, port=port, writable=write, announce=say)

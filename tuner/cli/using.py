@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from tuner.cli.options import as_printable, json_option, storage_option
+from tuner.cli.options import json_option, say, storage_option
 from tuner.errors import EXIT_SKIPPED
+from tuner.spec.printable import as_printable
 
 
 @click.command()
@@ -25,8 +26,8 @@ def train(study: str, out: Path, device: str, allow_code: bool, storage: str | N
     from tuner.production.retrain import train_best
     from tuner.production.train_result import describe_result
 
-    result = train_best(study, out, storage=storage, device=device, allow_code=allow_code, announce=click.echo)
-    click.echo(describe_result(result))
+    result = train_best(study, out, storage=storage, device=device, allow_code=allow_code, announce=say)
+    say(describe_result(result))
 
 
 @click.command()

@@ -12,6 +12,8 @@ from tuner.data.index import ImageIndex, Split, join_indexes, preview
 from tuner.errors import DataError
 from tuner.spec.sections import DataSection
 
+_MAX_IMAGES = 100_000_000
+
 
 def cut_splits(index: ImageIndex, section: DataSection, seed: int) -> NDArray[np.int8]:
     """Return the split of each image.
@@ -115,6 +117,21 @@ def pack_splits(splits: NDArray[np.int8]) -> str:
     return base64.b64encode(zlib.compress(splits.astype(np.int8).tobytes())).decode()
 
 
-def unpack_splits(text: str) -> NDArray[np.int8]:
-    """Read what ``pack_splits`` wrote."""
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.int8).copy()
+def unpack_splits(text: str, max_images: int = _MAX_IMAGES) -> NDArray[np.int8]:
+    """Read what ``pack_splits`` wrote.
+
+    Args:
+        text: What it returned, or what a database holds in place of it.
+        max_images: More are not unpacked: a short text can stand for gigabytes.
+
+    Raises:
+        ValueError: If it is something else, or of more images.
+    """
+    unpacker = zlib.decompressobj()
+    try:
+        unpacked = unpacker.decompress(base64.b64decode(text, validate=True), max_length=max_images + 1)
+    except zlib.error as error:
+        raise ValueError("splits must be packed by zlib") from error
+    if not unpacker.eof or len(unpacked) > max_images:
+        raise ValueError(f"splits must be those of at most {max_images} images")
+    return np.frombuffer(unpacked, dtype=np.int8).copy()

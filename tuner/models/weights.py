@@ -2,11 +2,12 @@
 
 import hashlib
 import inspect
-import pickle
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import safetensors.torch
@@ -74,8 +75,10 @@ def _find_file(name: str, section: BackboneSection) -> Path:
     path = Path(str(section.weights))
     if path.suffix not in _ENDINGS:
         raise ModelError(f"{where}: must be \"random\" or a file ending in {', '.join(_ENDINGS)}, got '{path}'")
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  # Python 3.11's Path raises for a name that is too long
         raise ModelError(f"{where}: must be a file that exists, got '{path}'")
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"{where}: must be a file that may be read, got '{path}'")
     return path
 
 
@@ -128,7 +131,7 @@ def load_state_file(path: Path, *, where: str | None = None) -> dict[str, Tensor
             content = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         what = f"must hold nothing but tensors, got '{path}', which is broken or holds objects that could run code"
         raise ModelError(f"{where}: {what}; save its state_dict() as .safetensors") from error
     except Exception as error:  # a broken file can raise anything

@@ -1,13 +1,13 @@
 """The best trial's recipe, as production training can use it."""
 
-import json
 import re
 from typing import Any
 
+import tomli_w
+
 from tuner.errors import ExportError
 from tuner.production.reading import open_stored
-from tuner.search.studies import StoredStudy, find_best
-from tuner.search.trial_attrs import PARAMS_ATTR
+from tuner.search.studies import StoredStudy, explain_damage, find_best, read_params
 from tuner.spec.sections import BackboneSection
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -26,13 +26,16 @@ def best_params(study: str, *, storage: str | None = None) -> dict[str, Any]:
 
     Raises:
         ExportError: If no trial completed.
-        StudyError, StorageError: If there is no such study.
+        StudyError, StorageError: If there is no such study, or what is stored with it cannot be read.
     """
     with open_stored(study, storage) as (stored, _):
         trial = find_best(stored.study)
         if trial is None:
             raise ExportError(f"study {study!r}: at least one trial must have completed, got none; 'tuner run' goes on")
-        recipe = trial.user_attrs[PARAMS_ATTR]
+        recipe = read_params(trial)
+        with explain_damage(f"study {study!r}"):
+            data = _describe_data(stored, recipe["backbone"])
+            backbone = _describe_backbone(stored, recipe["backbone"])
         return {
             "trial": {
                 "study": study,
@@ -41,8 +44,8 @@ def best_params(study: str, *, storage: str | None = None) -> dict[str, Any]:
                 "value": trial.value,
             },
             "params": recipe,
-            "data": _describe_data(stored, recipe["backbone"]),
-            "backbone": _describe_backbone(stored, recipe["backbone"]),
+            "data": data,
+            "backbone": backbone,
         }
 
 
@@ -64,34 +67,11 @@ def _describe_backbone(stored: StoredStudy, backbone: str) -> dict[str, Any]:
 
 
 def write_toml(tables: dict[str, Any]) -> str:
-    """Return tables of plain values as TOML."""
-    lines: list[str] = []
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{_write_key(key)} = {_write_value(value)}" for key, value in table.items()), ""]
-    return "\n".join(lines)
+    """Return tables of plain values as TOML, with a sign in place of bytes that are no UTF-8.
 
-
-def _write_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else _write_text(key)
-
-
-def _write_text(text: str) -> str:
-    """Return text in TOML's quotes, which JSON's are but for DEL and for what stands for bytes that are no UTF-8."""
-    return json.dumps(_SURROGATE.sub("\ufffd", text), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _write_value(value: Any) -> str:
-    match value:
-        case dict():
-            inner = ", ".join(f"{_write_key(key)} = {_write_value(each)}" for key, each in value.items())
-            return f"{{ {inner} }}" if inner else "{}"
-        case list() | tuple():
-            return f"[{', '.join(_write_value(each) for each in value)}]"
-        case bool():
-            return json.dumps(value)
-        case str():
-            return _write_text(value)
-        case int() | float():
-            return repr(value)
-        case _:
-            raise TypeError(f"TOML has no {type(value).__name__}")
+    Raises:
+        TypeError: If a value has no form in TOML, as None.
+    """
+    text = _SURROGATE.sub("\ufffd", tomli_w.dumps(tables))
+    # tomli-w escapes ASCII alone; other control characters stand in quotes too, and a terminal would obey them.
+    return "".join(each if each.isprintable() or each == "\n" else f"\\U{ord(each):08x}" for each in text)

@@ -10,12 +10,13 @@ from optuna.trial import FrozenTrial
 
 from tuner.errors import StudyError
 from tuner.search.storage import hold_lock, resolve_url, study_lock_path, use_storage
-from tuner.search.studies import StoredStudy, delete_stored, load_stored
+from tuner.search.studies import StoredStudy, delete_stored, explain_damage, load_stored
 from tuner.search.summaries import StudySummary, list_studies
 from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
 from tuner.service.checkpoints import remove_checkpoints
 from tuner.service.kept_models import remove_halves, remove_models
 from tuner.service.result import StudyStatus, read_status
+from tuner.spec.printable import as_printable, as_printable_lines
 
 _EPOCH_COLUMNS = ("epoch", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_macro_f1", "seconds")
 
@@ -108,20 +109,27 @@ def _write_time(time: datetime | None) -> str | None:
 
 
 def describe_trial(trial: dict[str, Any]) -> str:
-    """Return a trial for a person: params, curve, and why it ended."""
-    value = "" if trial["value"] is None else f", {trial['objective']} {trial['value']:.4f}"
-    reason = (
-        f" ({trial[REASON_ATTR]}{': ' + trial['message'] if trial['message'] else ''})" if REASON_ATTR in trial else ""
-    )
-    lines = [f"trial {trial['number']} of {trial['study']}: {trial['state'].lower()}{reason}{value}"]
-    lines += [f"  {name} = {value}" for name, value in (trial["recipe"] or trial["params"]).items()]
-    lines += ["", *_list_log(trial)]
-    if epochs := trial.get(EPOCHS_ATTR):
-        lines += ["", "  ".join(name.rjust(12) for name in _EPOCH_COLUMNS)]
-        lines += ["  ".join(f"{epoch[name]:12.4g}" for name in _EPOCH_COLUMNS) for epoch in epochs]
-    if "traceback" in trial:
-        lines += ["", trial["traceback"].rstrip()]
-    return "\n".join(lines)
+    """Return a trial for a person: params, curve, and why it ended.
+
+    Raises:
+        StudyError: If what is stored with it cannot be read.
+    """
+    with explain_damage(f"trial {trial['number']} of {trial['study']!r}"):
+        value = "" if trial["value"] is None else f", {trial['objective']} {trial['value']:.4f}"
+        lines = [f"trial {trial['number']} of {trial['study']}: {trial['state'].lower()}{_tell_reason(trial)}{value}"]
+        lines += [f"  {name} = {value}" for name, value in (trial["recipe"] or trial["params"]).items()]
+        lines += ["", *_list_log(trial)]
+        if epochs := trial.get(EPOCHS_ATTR):
+            lines += ["", "  ".join(name.rjust(12) for name in _EPOCH_COLUMNS)]
+            lines += ["  ".join(f"{epoch[name]:12.4g}" for name in _EPOCH_COLUMNS) for epoch in epochs]
+        text = "\n".join(map(as_printable, lines))
+        return f"{text}\n\n{as_printable_lines(trial['traceback'].rstrip())}" if "traceback" in trial else text
+
+
+def _tell_reason(trial: dict[str, Any]) -> str:
+    if REASON_ATTR not in trial:
+        return ""
+    return f" ({trial[REASON_ATTR]}{': ' + trial['message'] if trial['message'] else ''})"
 
 
 def _list_log(trial: dict[str, Any]) -> list[str]:

@@ -82,11 +82,11 @@ def check_place(folder: Path) -> None:
         ExportError: If not.
     """
     folder = folder.resolve()
-    check_replaceable(folder)
     parent = folder.parent
-    while not parent.exists():
-        parent = parent.parent
     try:
+        check_replaceable(folder)
+        while not parent.exists():
+            parent = parent.parent
         # Tried, since permissions say nothing of a disk that is mounted read-only.
         with TemporaryDirectory(dir=parent, prefix=".tuner-"):
             pass

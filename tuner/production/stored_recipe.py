@@ -12,7 +12,7 @@ from tuner.models.weights import find_weights
 from tuner.production.best import best_params
 from tuner.production.machine import find_own_code
 from tuner.production.reading import open_stored
-from tuner.search.studies import StudyFacts
+from tuner.search.studies import StudyFacts, explain_damage
 from tuner.service.study_data import StudyData, read_study_data
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.pretrain import identify_pretraining
@@ -91,9 +91,14 @@ def read_data(recipe: StoredRecipe) -> StudyData:
 
     Raises:
         DataError: If they cannot be used, or are not those that the study was made with.
+        StudyError: If the stored splits cannot be read.
     """
     data, facts = read_study_data(recipe.spec), recipe.facts
-    if data.hash != facts.data_hash or not np.array_equal(unpack_splits(facts.splits), data.splits):
+    is_same = data.hash == facts.data_hash
+    if is_same:
+        with explain_damage(f"study {recipe.study!r}"):
+            is_same = np.array_equal(unpack_splits(facts.splits, len(data.splits)), data.splits)
+    if not is_same:
         n_then = sum(facts.split_counts.values())
         raise DataError(
             f"data: must be the images of the study, got other images, labels or splits ({n_then} images of "
@@ -114,7 +119,8 @@ def compare_weights(recipe: StoredRecipe) -> str:
         ModelError: If the weights cannot be had, or are others.
     """
     backbone = recipe.params.backbone
-    then = recipe.facts.weights[backbone]
+    with explain_damage(f"study {recipe.study!r}"):
+        then = recipe.facts.weights[backbone]
     if recipe.spec.pretraining is not None:
         is_same = identify_pretraining(backbone, recipe.spec) == then
         return "" if is_same else f"pretraining of {backbone}: other data than in the search, made anew"

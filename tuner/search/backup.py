@@ -41,8 +41,8 @@ def back_up(url: str, target: Path, *, force: bool = False) -> Backup:
     """
     source, target = find_database(url), target.absolute()
     check_owner(source)
-    _check_target(source, target, force=force)
     try:
+        _check_target(source, target, force=force)  # Python 3.11 raises for a name that is too long, or out of reach
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     except OSError as error:
         raise StorageError(f"backup: must lie in a writable folder, got {target}: {error.strerror}") from error

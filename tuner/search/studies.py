@@ -3,12 +3,15 @@
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from tuner.errors import StudyError
@@ -19,9 +22,11 @@ from tuner.search.patience import Patience
 from tuner.search.pruners import make_pruner, make_screened_pruner
 from tuner.search.samplers import make_sampler
 from tuner.search.screening import is_screen
-from tuner.search.urls import mask_secrets
+from tuner.search.trial_attrs import PARAMS_ATTR
+from tuner.search.urls import is_file_url
 from tuner.spec.sections import StudySpec
 from tuner.spec.suggestions import did_you_mean
+from tuner.trial import TrialParams
 
 _FORMAT = 1
 """Raised when what is stored with a study changes."""
@@ -64,11 +69,43 @@ class StudyFacts:
 
         Raises:
             StudyError: If another version of the program wrote it.
+            AttributeError, KeyError, RecursionError, TypeError, ValueError: If nothing of ours wrote it.
         """
         values = json.loads(text)
         if (found := values.pop("format", None)) != _FORMAT:
-            raise StudyError(f"study: must be in format {_FORMAT}, got {found}; another version of tuner made it")
+            shown = found if isinstance(found, int) else "another"
+            raise StudyError(f"study: must be in format {_FORMAT}, got {shown}; another version of tuner made it")
+        _check_facts(values)
         return cls(**values | {"classes": tuple(values["classes"])})
+
+
+def _check_facts(values: dict[str, Any]) -> None:
+    """Check what every reader of facts relies on.
+
+    Raises:
+        AttributeError, KeyError, TypeError: If a value is of another kind.
+    """
+    kinds = {"split_counts": int, "group_counts": int, "weights": str, "preprocessing": dict, "versions": str}
+    leaves = [(each, kind) for name, kind in kinds.items() for each in values[name].values()]
+    leaves += [(each, str) for each in (*values["classes"], values["data_hash"], values["splits"])]
+    if not all(isinstance(value, kind) for value, kind in leaves):
+        raise TypeError("facts of another kind")
+
+
+@contextmanager
+def explain_damage(what: str) -> Iterator[None]:
+    """Turn what a block raises over stored values that nothing of ours wrote into one line, which repeats none of them.
+
+    Raises:
+        StudyError: In place of it.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise StudyError(
+            f"{what}: must be as 'tuner run' stored it, got something that cannot be read ({type(error).__name__}); "
+            "go on with a copy that 'tuner backup' made"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +163,9 @@ def _resume(storage: RDBStorage, spec: StudySpec, facts: StudyFacts, patience: P
 
 
 def _write_spec(spec: StudySpec) -> str:
-    """Return a spec as it is stored: its storage's URL may be another one's than this, and hold a password."""
-    storage = None if spec.study.storage is None else mask_secrets(spec.study.storage)
-    section = spec.study.model_copy(update={"storage": storage})
+    """Return a spec as it is stored: its storage's URL may be another one than this, and hold a password."""
+    is_kept = spec.study.storage is not None and is_file_url(spec.study.storage)
+    section = spec.study if is_kept else spec.study.model_copy(update={"storage": None})
     return spec.model_copy(update={"study": section}).model_dump_json()
 
 
@@ -161,7 +198,7 @@ def check_stored(storage: RDBStorage, spec: StudySpec, facts: StudyFacts) -> int
     Raises:
         StudyError: If a stored study of this name differs in what its results depend on.
     """
-    if spec.study.name not in optuna.get_all_study_names(storage=storage):
+    if spec.study.name not in list_names(storage):
         return None
     study = optuna.load_study(storage=storage, study_name=spec.study.name)
     if _was_cut_off(study):
@@ -236,25 +273,56 @@ def load_stored(storage: RDBStorage, name: str) -> StoredStudy:
     Raises:
         StudyError: If there is none of this name, or it is another program's.
     """
-    names = optuna.get_all_study_names(storage=storage)
+    names = list_names(storage)
     if name not in names:
         known = f"; the storage holds {', '.join(sorted(names)[:5])}" if names else "; the storage holds no study"
         raise StudyError(f"study {name!r}: must be in the storage{did_you_mean(name, names) or known}")
     study = optuna.load_study(storage=storage, study_name=name)
-    if SPEC_ATTR not in study.user_attrs:
+    if not is_ours(study):
         raise StudyError(f"study {name!r}: must be a study made by 'tuner run'")
     return read_attrs(study)
+
+
+def list_names(storage: RDBStorage) -> list[str]:
+    """Return the names of all studies.
+
+    Raises:
+        StudyError: If what is stored with one is nothing that even Optuna can read.
+    """
+    with explain_damage("storage"):
+        return optuna.get_all_study_names(storage=storage)
+
+
+def is_ours(study: optuna.Study) -> bool:
+    """Whether a study was made by this program.
+
+    Raises:
+        StudyError: If what is stored with it cannot be read.
+    """
+    with explain_damage(f"study {study.study_name!r}"):
+        return SPEC_ATTR in study.user_attrs
 
 
 def read_attrs(study: optuna.Study) -> StoredStudy:
     """Return a study of ours with what is stored with it.
 
     Raises:
-        StudyError: If another version of the program made it.
+        StudyError: If another version of the program made it, or it cannot be read.
     """
-    attrs = study.user_attrs
-    facts = StudyFacts.from_json(attrs[FACTS_ATTR])  # first: it says so if another version made the study
-    return StoredStudy(study=study, spec=StudySpec.model_validate_json(attrs[SPEC_ATTR]), facts=facts)
+    with explain_damage(f"study {study.study_name!r}"):
+        attrs = study.user_attrs
+        facts = StudyFacts.from_json(attrs[FACTS_ATTR])  # first: it says so if another version made the study
+        return StoredStudy(study=study, spec=StudySpec.model_validate_json(attrs[SPEC_ATTR]), facts=facts)
+
+
+def read_params(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the resolved recipe that is stored with a trial.
+
+    Raises:
+        StudyError: If it cannot be read.
+    """
+    with explain_damage(f"trial {trial.number}"):
+        return TrialParams.from_json(trial.user_attrs[PARAMS_ATTR]).to_json()
 
 
 def count_wanted(stored: StoredStudy) -> int:
@@ -265,11 +333,6 @@ def count_wanted(stored: StoredStudy) -> int:
     return min(n_trials, count_grid(make_distributions(stored.spec, stored.facts.group_counts)))
 
 
-def store_spec(stored: StoredStudy) -> None:
-    """Write the spec of a study that goes on with other free keys, such as another number of trials."""
-    stored.study.set_user_attr(SPEC_ATTR, _write_spec(stored.spec))
-
-
 def count_states(study: optuna.Study) -> dict[str, int]:
     """Return how many trials are in each of Optuna's states, those of the screen left out."""
     counts = {state.name: 0 for state in OptunaState}
@@ -278,7 +341,7 @@ def count_states(study: optuna.Study) -> dict[str, int]:
     return counts
 
 
-def find_best(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+def find_best(study: optuna.Study) -> FrozenTrial | None:
     """Return the best completed trial, the earliest of equals, or None if none completed."""
     complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
     if not complete:

@@ -1,13 +1,14 @@
 """One line for each study of a storage, whoever made it."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import optuna
 from optuna.storages import RDBStorage
 
 from tuner.errors import StudyError
-from tuner.search.studies import SPEC_ATTR, count_states, count_wanted, find_best, read_attrs
+from tuner.search.studies import count_states, count_wanted, explain_damage, find_best, is_ours, list_names, read_attrs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +31,28 @@ class StudySummary:
 
 def list_studies(storage: RDBStorage) -> list[StudySummary]:
     """Return a summary of every study in a storage, by name."""
-    return [
-        _summarise(optuna.load_study(storage=storage, study_name=name))
-        for name in sorted(optuna.get_all_study_names(storage=storage))
-    ]
+    return [_summarise(optuna.load_study(storage=storage, study_name=name)) for name in sorted(list_names(storage))]
 
 
 def _summarise(study: optuna.Study) -> StudySummary:
-    try:
-        ours = read_attrs(study) if SPEC_ATTR in study.user_attrs else None
-    except StudyError:  # another version's: it must not hide the others
-        ours = None
-    best = find_best(study) if ours else None
+    known: tuple[str, int | None, float | None] = "?", None, None
+    with suppress(StudyError):  # another version's, or damaged: it must not hide the others
+        known = _read_known(study)
+    objective, n_trials, best_value = known
     return StudySummary(
         name=study.study_name,
-        objective=ours.spec.study.objective if ours else "?",
+        objective=objective,
         counts=count_states(study),
-        n_trials=count_wanted(ours) if ours else None,
-        best_value=best.value if best else None,
+        n_trials=n_trials,
+        best_value=best_value,
     )
+
+
+def _read_known(study: optuna.Study) -> tuple[str, int | None, float | None]:
+    """Return the objective, the number of wanted trials and the best value, as far as a study has them."""
+    if not is_ours(study):
+        return "?", None, None
+    ours = read_attrs(study)
+    with explain_damage(f"study {study.study_name!r}"):
+        best = find_best(study)
+        return ours.spec.study.objective, count_wanted(ours), best.value if best else None

@@ -1,12 +1,27 @@
-"""Storage URLs as they may be shown: without what is secret in them, however wrong they are."""
+"""Storage URLs as they may be shown and stored: without what is secret in them, however wrong they are."""
 
 import re
 
-# Three slashes begin a path, in which "@" is a character like others.
-_LOGIN = re.compile(r"^(?!sqlite:///)((?:[\w+.-]*:)?(?://)?).*@", re.DOTALL)
-_OPTION = re.compile(r"([?&][^=&]*)=[^&]*")
+_FILE = re.compile(r"sqlite:///[^?]*")
+"""Three slashes begin a path, in which "@" is a character like others."""
+_PLAIN_PATH = re.compile(r"[\w./-]+\.(db|sqlite3?)")
+"""Given in place of a URL again and again."""
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]*://", re.ASCII)
+
+
+def is_file_url(url: str) -> bool:
+    """Whether a URL is an SQLite file's path and nothing else, so that it holds no secret."""
+    return _FILE.fullmatch(url) is not None
 
 
 def mask_secrets(url: str) -> str:
-    """Return a URL with asterisks for its user and password, and for the values of its options."""
-    return _OPTION.sub(r"\1=***", _LOGIN.sub(r"\1***@", url))
+    """Return an SQLite file's URL or path without its options, and of anything else its scheme alone.
+
+    Where a password begins and ends in a wrong URL is anyone's guess, so nothing of it is shown.
+    """
+    if is_file_url(url) or _PLAIN_PATH.fullmatch(url):
+        return url
+    if file := _FILE.match(url):
+        return f"{file.group()}?***"
+    scheme = _SCHEME.match(url)
+    return f"{scheme.group() if scheme else ''}***"

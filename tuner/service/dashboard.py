@@ -33,8 +33,8 @@ _PASSIVE_TYPES = {"application/json", "image/gif", "image/jpeg", "image/png", "i
 """Besides audio and video: content types that no browser runs."""
 _IDLE_SECONDS = 60
 _OPENED = (
-    "--write: whoever opens this address can create, rename and delete studies, end trials, change attributes and "
-    "notes, and add and delete artifacts; a study that runs may break"
+    "--write: whoever opens this address can create, rename and delete studies, end trials, and change attributes and "
+    "notes; a study that runs may break"
 )
 _UNENCRYPTED = "the token crosses the network unencrypted; where that matters, use 127.0.0.1 through an SSH tunnel"
 
@@ -54,16 +54,18 @@ def guard(
     Args:
         app: What ``optuna_dashboard.wsgi`` returns.
         writable: Let requests through that change studies, from pages of the dashboard itself.
-        token: Must come with the first request, as ``?token=``; a cookie keeps it. None lets everyone in.
+        token: Must come with the first request, as ``?token=``; then a cookie opens this guard, and no other one with
+            the same token: browsers send the cookies of a host to all its ports. None lets everyone in.
         hosts: Names in the Host header that are answered; None answers all, which only a token makes safe.
 
     Returns:
         An application that refuses other Hosts (421), strangers (401), other methods and origins (405, 403), and
         serves artifacts sandboxed, never as active content and to no other origin.
     """
+    wanted = secrets.token_hex(32)
 
     def guarded(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
-        answer = _check_host(environ, hosts) or _check_token(environ, token) or _check_method(environ, writable)
+        answer = _check_host(environ, hosts) or _check_token(environ, token, wanted) or _check_method(environ, writable)
         if answer is not None:
             status, headers, text = answer
             start_response(status, _harden([*headers, ("Content-Type", "text/plain; charset=utf-8")]))
@@ -92,12 +94,11 @@ def _hostname(url: str) -> str | None:
         return None
 
 
-def _check_token(environ: "WSGIEnvironment", token: str | None) -> _Answer | None:
-    """Turn a token in the address into a cookie, and refuse who has neither."""
+def _check_token(environ: "WSGIEnvironment", token: str | None, wanted: str) -> _Answer | None:
+    """Turn a token in the address into the wanted cookie, and refuse who has neither."""
     if token is None:
         return None
     cookie = f"tuner_dashboard_{environ.get('SERVER_PORT', '')}"  # cookies of all ports of a host are one jar
-    wanted = hmac.digest(token.encode(), b"tuner dashboard", "sha256").hex()
     given = parse_qs(environ.get("QUERY_STRING", "")).get("token", [""])[-1]
     if environ["REQUEST_METHOD"] in _SAFE_METHODS and _is_same(given, token):
         keep = f"{cookie}={wanted}; Path=/; HttpOnly; SameSite=Strict"

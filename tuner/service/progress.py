@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tuner.spec.printable import as_printable, as_printable_lines
 from tuner.trial import TrialOutcome, TrialParams, TrialState
 
 _PROGRESS_SECONDS = 10.0
@@ -172,7 +173,8 @@ def describe_end(outcome: TrialOutcome, value: float | None) -> str:
     if value is not None:
         text += f" {value:.4f}"
     if outcome.state is not TrialState.COMPLETE and outcome.reason:
-        text += f" ({outcome.reason.value.replace('_', ' ')}{f': {outcome.message}' if outcome.message else ''})"
+        message = f": {as_printable(outcome.message)}" if outcome.message else ""
+        text += f" ({outcome.reason.value.replace('_', ' ')}{message})"
     return text
 
 
@@ -219,7 +221,7 @@ class PlainDisplay:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)  # noqa: T201 - this is the program's output
+    print(as_printable_lines(text), flush=True)  # noqa: T201 - this is the program's output
 
 
 class LiveDisplay:
@@ -242,7 +244,7 @@ class LiveDisplay:
         """Update the table; print notes and failures above it."""
         match event:
             case Noted(text=text):
-                self._console.print(Text(text))
+                self._console.print(_make_text(text))
             case Counted():
                 self._progress.update(event.n_done, event.n_trials)
             case ActivityChanged(worker=worker, text=text):
@@ -257,7 +259,7 @@ class LiveDisplay:
             case TrialFinished():
                 if event.outcome.state is TrialState.FAIL:
                     end = describe_end(event.outcome, event.value)
-                    self._console.print(Text(f"trial {event.number}: {end}"))
+                    self._console.print(_make_text(f"trial {event.number}: {end}"))
             case BestFound():
                 self._progress.best = f"trial {event.number}, {event.value:.4f}"
 
@@ -271,13 +273,18 @@ class LiveDisplay:
         return Group(head, table)
 
 
+def _make_text(text: str) -> Text:
+    """Return text as it is, without markup; rich lets control characters through."""
+    return Text(as_printable_lines(text))
+
+
 def _render_row(row: str | Progressed) -> RenderableType:
     """Return what a worker does: a line, with a bar where it is known how much there is to do."""
     if isinstance(row, str):
-        return Text(row)
+        return _make_text(row)
     table = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=max(1, row.n_total), completed=row.n_done, width=30)
-    table.add_row(Text(row.text), bar, Text(f"{row.n_done} of {row.n_total}"))
+    table.add_row(_make_text(row.text), bar, Text(f"{row.n_done} of {row.n_total}"))
     return table
 
 

@@ -1,15 +1,17 @@
 """What a study has come to: the end of ``tuner run``, and all of ``tuner status``."""
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
 
 from tuner.search.screening import Agreement, describe_agreement, is_screen, measure_agreement
-from tuner.search.studies import StoredStudy, count_states, count_wanted, find_best
-from tuner.search.trial_attrs import PARAMS_ATTR, count_reasons
+from tuner.search.studies import StoredStudy, count_states, count_wanted, explain_damage, find_best, read_params
+from tuner.search.trial_attrs import count_reasons
 from tuner.service.kept_models import model_folder
 from tuner.service.progress import format_seconds
+from tuner.spec.printable import as_printable
 
 StoppedBy = Literal["done", "timeout", "sigint", "sigterm"]
 
@@ -67,22 +69,32 @@ class StudyStatus:
 
 
 def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done") -> StudyStatus:
-    """Return the status of a stored study."""
+    """Return the status of a stored study.
+
+    Raises:
+        StudyError: If what is stored with it cannot be read.
+    """
     best = find_best(stored.study)
     folder = model_folder(url, stored.name, best.number) if best else None
     trials = stored.study.get_trials(deepcopy=False)
+    with explain_damage(f"study {stored.name!r}"):
+        n_trials = count_wanted(stored)
+        reasons = sorted(count_reasons(stored.study).items())
+        agreement = measure_agreement(trials, stored.study.direction)
+        saved_seconds = float(sum(trial.user_attrs.get("saved_seconds", 0.0) for trial in trials))
     return StudyStatus(
         name=stored.name,
         storage=url,
         objective=stored.spec.study.objective,
-        n_trials=count_wanted(stored),
+        n_trials=n_trials,
         counts=count_states(stored.study),
-        reasons={f"{state}: {reason}": count for (state, reason), count in sorted(count_reasons(stored.study).items())},
+        reasons={f"{state}: {reason}": count for (state, reason), count in reasons},
         best=_describe_best(best) if best else None,
-        model_folder=str(folder) if folder and folder.is_dir() else None,
+        # Path.is_dir raises in Python 3.11 if the folder is out of reach.
+        model_folder=str(folder) if folder and os.path.isdir(folder) else None,  # noqa: PTH112
         n_screen=sum(is_screen(trial) and trial.state.is_finished() for trial in trials),
-        screen_agreement=measure_agreement(trials, stored.study.direction),
-        saved_seconds=sum(trial.user_attrs.get("saved_seconds", 0.0) for trial in trials),
+        screen_agreement=agreement,
+        saved_seconds=saved_seconds,
         stopped_by=stopped_by,
     )
 
@@ -92,7 +104,7 @@ def _describe_best(trial: FrozenTrial) -> BestTrial:
         number=trial.number,
         value=trial.value or 0.0,
         params=dict(trial.params),
-        recipe=trial.user_attrs[PARAMS_ATTR],
+        recipe=read_params(trial),
     )
 
 
@@ -119,13 +131,18 @@ def describe_status(status: StudyStatus) -> str:
     if status.saved_seconds >= 1:
         lines.append(f"kept features saved {format_seconds(status.saved_seconds)} of the backbones' work")
     if status.best is None:
-        return "\n".join([*lines, "best: none yet"])
+        return _join([*lines, "best: none yet"])
     lines.append(f"best: trial {status.best.number}, {status.objective} {status.best.value:.4f}")
     recipe = status.best.recipe
     lines += [f"  {name} = {recipe.get(name, value)}" for name, value in status.best.params.items()]
     if status.model_folder:
         lines.append(f"its model: {status.model_folder}")
-    return "\n".join(lines)
+    return _join(lines)
+
+
+def _join(lines: list[str]) -> str:
+    """Return lines as one text; params and reasons come from the database."""
+    return "\n".join(map(as_printable, lines))
 
 
 def _list_reasons(reasons: dict[str, int], state: str) -> str:

@@ -20,11 +20,19 @@ _TYPE_WORDS = {
     "model": "a table",
 }
 _PATH_SOURCES = {"image_folder", "csv", "torchvision"}
+_SECRET_PLACES = {"study", "study.storage"}
+"""A URL with a password may stand there; what is no URL at all is named by its kind alone."""
+_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a table"}
 
 
 def list_problems(error: ValidationError, section: type[Section], where: str) -> list[str]:
     """Return one line for each thing that pydantic found wrong with a section."""
     return [_describe(dict(detail), section, where) for detail in error.errors()]
+
+
+def show_input(place: str, value: Any) -> str:
+    """Return what was found in place of what must hold: ``got 3``."""
+    return f"got {_KINDS.get(type(value), 'something else') if place in _SECRET_PLACES else repr(value)}"
 
 
 def _describe(detail: dict[str, Any], section: type[Section], where: str) -> str:
@@ -33,7 +41,7 @@ def _describe(detail: dict[str, Any], section: type[Section], where: str) -> str
     if kind == "extra_forbidden":
         keys.append(str(detail["loc"][-1]))
     place = ".".join([where, *keys])
-    got = f"got {detail['input']!r}"
+    got = show_input(place, detail["input"])
     if kind == "extra_forbidden":
         return f"{place}: unknown key{did_you_mean(keys[-1], owner.model_fields)}"
     if kind == "missing":

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from tuner.errors import SpecError
 from tuner.spec import sections
-from tuner.spec.problems import find_conflicts, list_problems
+from tuner.spec.problems import find_conflicts, list_problems, show_input
 from tuner.spec.sections import Section, StudySpec
 from tuner.spec.space import PARAMETERS, Distribution, parse_distribution
 from tuner.spec.suggestions import did_you_mean
@@ -42,7 +42,7 @@ def load_spec(path: str | Path) -> StudySpec:
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
     except (OSError, UnicodeDecodeError) as error:
-        hint = "; 'tuner init FOLDER' writes a study file" if path.is_dir() else ""
+        hint = "; 'tuner init FOLDER' writes a study file" if isinstance(error, IsADirectoryError) else ""
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise SpecError(f"{path}: must be a readable study file, got: {reason}{hint}") from error
     try:
@@ -134,7 +134,7 @@ def _expect_table(value: Any, where: str, problems: list[str]) -> dict[str, Any]
 def _parse_section(section: type[Section], table: Any, where: str, problems: list[str]) -> Section | None:
     """Check one section; on failure add its problems and return None."""
     if not isinstance(table, dict):
-        problems.append(f"{where}: must be a table, got {table!r}")
+        problems.append(f"{where}: must be a table, {show_input(where, table)}")
         return None
     try:
         return section.model_validate(table)

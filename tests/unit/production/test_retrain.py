@@ -17,7 +17,7 @@ from tuner.models.small_cnn import SmallCNN
 from tuner.production.best import best_params
 from tuner.production.evaluate import describe_scores
 from tuner.production.openings import OPENINGS_ATTR, list_openings
-from tuner.production.retrain import train_best
+from tuner.production.retrain import check_place, train_best
 from tuner.production.train_result import describe_result
 from tuner.service.study_data import read_study_data
 from tuner.training.metrics import score_predictions
@@ -267,3 +267,9 @@ def test_describe_result_says_what_to_type_next(tmp_path: Path) -> None:
     lines = describe_result(result).splitlines()
     assert lines[1].startswith(f"test accuracy {result.to_json()['test']['accuracy']:.4f} (95 % interval ")
     assert lines[-1] == f"next: tuner predict '{tmp_path}/my model' IMAGES…"
+
+
+def test_check_place_refuses_a_name_that_is_too_long(tmp_path: Path) -> None:
+    """The file system's own limit is no bug of ours."""
+    with pytest.raises(ExportError, match="File name too long"):
+        check_place(tmp_path / ("x" * 300))

@@ -1,6 +1,10 @@
 """Tests of tuner.search.studies."""
 
+import json
 import re
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import optuna
 import pytest
 
 from tuner.errors import StudyError
+from tuner.search.storage import open_storage
 from tuner.search.studies import (
     FACTS_ATTR,
     SPEC_ATTR,
@@ -23,7 +28,18 @@ from tuner.search.studies import (
 from tuner.search.summaries import list_studies
 from tuner.search.trial_book import TrialBook
 
-from .builders import SPACE, make_facts, make_spec, make_storage, open_small, read_plainly, run_trial
+from .builders import (
+    SPACE,
+    close_storages,
+    keep,
+    make_facts,
+    make_spec,
+    make_storage,
+    make_url,
+    open_small,
+    read_plainly,
+    run_trial,
+)
 
 
 def test_open_study_stores_all_that_reading_needs(tmp_path: Path) -> None:
@@ -126,7 +142,7 @@ def test_open_study_names_a_param_that_left_the_space(tmp_path: Path) -> None:
         {"search": {"sampler": "qmc"}},
         {"search": {"pruner": "asha"}},
         {"workers": {"devices": "cpu", "per_device": 2}},
-        {"study": {"storage": "sqlite:///elsewhere.db"}},
+        {"study": {"storage": "sqlite:///elsewhere@here.db"}},
         {"enqueue": [{"lr": 0.01}]},
         {"data": {"source": "digits", "max_bad_fraction": 0.01}},
     ],
@@ -262,3 +278,75 @@ def test_count_wanted_is_capped_by_the_grid(tmp_path: Path) -> None:
     space = {"backbone": {"choices": ["test_resnet", "test_vit"]}, "dropout": {"low": 0.0, "high": 0.3, "step": 0.1}}
     stored = open_small(tmp_path, make_spec(space=space, search={"sampler": "grid", "n_trials": 50}))
     assert count_wanted(stored) == 8
+
+
+def test_open_study_stores_no_url_that_may_hold_a_secret(tmp_path: Path) -> None:
+    """The command line's storage may be used instead of the file's; the file's password stays in the file."""
+    for url in ("postgresql://u:secret@h/db", "sqlite:///x.db?password=secret", "secret"):  # made, then resumed
+        open_small(tmp_path, make_spec(study={"storage": url}))
+        stored = load_stored(make_storage(tmp_path), "small")
+        assert stored.spec.study.storage is None
+        assert "secret" not in str(stored.study.user_attrs)
+
+
+def damage(text: str, **changes: Any) -> str:
+    """Return JSON with other values; None removes one."""
+    values = json.loads(text) | changes
+    return json.dumps({key: value for key, value in values.items() if value is not None})
+
+
+DAMAGES: list[tuple[str, Any]] = [
+    (SPEC_ATTR, "{"),
+    (SPEC_ATTR, "[]"),
+    (SPEC_ATTR, '{"study": "secret"}'),
+    (SPEC_ATTR, ["secret"]),
+    (FACTS_ATTR, "secret"),
+    (FACTS_ATTR, "[" * 100_000),
+    (FACTS_ATTR, 7),
+    (FACTS_ATTR, None),
+    (FACTS_ATTR, "7"),
+    (FACTS_ATTR, "[]"),
+    (FACTS_ATTR, damage(make_facts().to_json(), classes=None)),
+    (FACTS_ATTR, damage(make_facts().to_json(), secret=1)),
+    (FACTS_ATTR, damage(make_facts().to_json(), group_counts="secret")),
+    (FACTS_ATTR, damage(make_facts().to_json(), group_counts={"test_resnet": "secret"})),
+    (FACTS_ATTR, damage(make_facts().to_json(), splits=3)),
+]
+
+
+@pytest.fixture(scope="module")
+def two_studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a database of the studies "other" and "small"."""
+    folder = tmp_path_factory.mktemp("two")
+    open_small(folder)
+    open_small(folder, make_spec(study={"name": "other"}))
+    close_storages()
+    return folder / "studies.db"
+
+
+@pytest.mark.parametrize(("name", "value"), DAMAGES)
+def test_damaged_attribute_is_one_line_and_hides_no_other_study(
+    tmp_path: Path, two_studies: Path, name: str, value: Any
+) -> None:
+    """Another program, or a disk, may write anything into a database; what stands there is not repeated."""
+    shutil.copy(two_studies, tmp_path)
+    storage = keep(open_storage(make_url(tmp_path)))
+    optuna.load_study(storage=storage, study_name="small").set_user_attr(name, value)
+    with pytest.raises(StudyError, match=r"study 'small': must be as 'tuner run' stored it, got something") as caught:
+        load_stored(storage, "small")
+    assert "secret" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    other, small = list_studies(storage)
+    assert (small.name, small.objective, small.n_trials) == ("small", "?", None)
+    assert (other.name, other.objective, other.n_trials) == ("other", "val_accuracy", 10)
+
+
+def test_attribute_that_is_no_json_is_one_line(tmp_path: Path, two_studies: Path) -> None:
+    """Optuna reads all studies to list one, and so cannot go on; that is no bug of ours either."""
+    shutil.copy(two_studies, tmp_path)
+    with closing(sqlite3.connect(tmp_path / "studies.db")) as connection, connection:
+        connection.execute("UPDATE study_user_attributes SET value_json = '{' WHERE key = ?", (SPEC_ATTR,))
+    storage = keep(open_storage(make_url(tmp_path)))
+    for read in (list_studies, lambda storage: load_stored(storage, "small")):
+        with pytest.raises(StudyError, match=r"storage: must be as 'tuner run' stored it, .*\(JSONDecodeError\)"):
+            read(storage)

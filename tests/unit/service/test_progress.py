@@ -119,3 +119,21 @@ def test_live_display_shows_workers_counts_and_best() -> None:
 def test_format_seconds_speaks_as_a_person(seconds: float, text: str) -> None:
     """One unit, no more digits than matter."""
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("kind", ["plain", "live"])
+def test_displays_let_no_escape_through(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A worker's last words, a file's name and an error's message must not move the cursor; notes keep their lines."""
+    screen = io.StringIO()
+    hostile = "a\x1b]0;x\x07b\x9b1A"
+    outcome = TrialOutcome(state=TrialState.FAIL, reason=Reason.WORKER_LOST, message=f"{hostile}\nforged")
+    with PlainDisplay() if kind == "plain" else LiveDisplay(Console(file=screen, width=120)) as display:
+        display.show(Noted(text=f"{hostile}\nnext"))
+        display.show(ActivityChanged(worker=0, text=hostile))
+        display.show(TrialFinished(worker=0, number=0, outcome=outcome, value=None))
+        if isinstance(display, LiveDisplay):
+            display._live.refresh()
+    lines = [line.rstrip() for line in (capsys.readouterr().out + screen.getvalue()).split("\n")]
+    assert all(line.isprintable() for line in lines)
+    assert lines[:2] == ["a?]0;x?b?1A", "next"]
+    assert any("(worker lost: a?]0;x?b?1A?forged)" in line for line in lines)

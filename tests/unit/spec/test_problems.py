@@ -113,7 +113,8 @@ def test_list_problems_names_key_rule_and_value(more: str, problem: str) -> None
         ('source = "digits"\nval_fraction = 1.0', "data.val_fraction: must lie in (0, 1), got 1.0"),
         ('source = "digits"\nval_fraction = nan', "data.val_fraction: must lie in (0, 1), got nan"),
         ('source = "digits"\nmax_bad_fraction = 1', "data.max_bad_fraction: must lie in [0, 1), got 1"),
-        ('source = "digits"\nimage_size = 4', "data.image_size: must be at least 8, got 4"),
+        ('source = "digits"\nimage_size = 4', "data.image_size: must lie in [8, 2048], got 4"),
+        ('source = "digits"\nimage_size = 2049', "data.image_size: must lie in [8, 2048], got 2049"),
         ('source = "digits"\nclasses = "01"', "data.classes: must be a list, got '01'"),
         (
             'source = "digits"\nclasses = ["1", "1"]',
@@ -231,3 +232,32 @@ def test_find_conflicts_accepts_a_small_grid() -> None:
         '[search]\nsampler = "grid"'
     )
     assert spec.search.sampler == "grid"
+
+
+URL = "postgresql://u:secret@h/db"
+
+
+@pytest.mark.parametrize(
+    ("study", "problem"),
+    [
+        (f'[[study]]\nname = "a"\nstorage = "{URL}"', "study: must be a table, got a list"),
+        (f'[study]\nname = "a"\nstorage = ["{URL}"]', "study.storage: must be text in quotes, got a list"),
+        (
+            f'[study]\nname = "a"\n[study.storage]\nurl = "{URL}"',
+            "study.storage: must be text in quotes, got a table",
+        ),
+        ('[study]\nname = "a"\nstorage = 7', "study.storage: must be text in quotes, got a number"),
+        ('[study]\nname = "a"\nstorage = 2026-01-01', "study.storage: must be text in quotes, got something else"),
+        (f'[study]\nname = "a"\nurl = "{URL}"', "study.url: unknown key"),
+    ],
+)
+def test_storage_in_the_wrong_form_is_not_repeated(study: str, problem: str) -> None:
+    """A password may stand in it; whatever else is wrong shows what was found."""
+    base = MINIMAL.replace('[study]\nname = "small"', study)
+    assert list_lines("", base) == [problem]
+
+
+def test_study_that_is_text_is_not_repeated() -> None:
+    """Nor where the URL has become the study itself."""
+    base = f'study = "{URL}"\n' + MINIMAL.replace('[study]\nname = "small"', "")
+    assert list_lines("", base) == ["study: must be a table, got text"]
