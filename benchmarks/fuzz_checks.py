@@ -110,14 +110,13 @@ def _check_spec(load: Callable[[], Any]) -> str:
 def check_image(named: tuple[str, bytes], _: Path) -> str:
     """Decode an image as the store does."""
     import numpy as np
-    from PIL import Image
 
-    from tuner.data.decode import decode_image
+    from tuner.data.decode import decode_image, identify_image
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(BytesIO(named[1])) as image:
+            with identify_image(BytesIO(named[1])) as image:
                 pixels = decode_image(image, size=16, resize="crop", interpolation="bicubic")
         except TimeoutError:
             raise

@@ -206,14 +206,29 @@ def break_bytes(
 
 
 def make_images() -> dict[str, bytes]:
-    """Return small images in the formats and modes that people have, by a name with a suffix."""
+    """Return small images in the formats and modes that people have, by a name with a suffix.
+
+    A format that this Pillow cannot write is left out.
+    """
+    Image.init()
+    images = {}
+    for name, (image, kind, options) in _list_images().items():
+        if kind in Image.SAVE:
+            buffer = BytesIO()
+            image.save(buffer, kind, **options)
+            images[name] = buffer.getvalue()
+    return images
+
+
+def _list_images() -> dict[str, tuple[Image.Image, str, dict[str, Any]]]:
+    """Return images with their format and how they are written."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
     grey16 = Image.fromarray(np.arange(480, dtype=np.uint16).reshape(20, 24) * 100)
     palette = noise.convert("P")
     frames = {"save_all": True, "append_images": [noise.rotate(90)]}
-    kinds: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+    return {
         "rgb.png": (noise, "PNG", {"exif": exif}),
         "palette.png": (palette, "PNG", {"transparency": 1}),
         "grey16.png": (grey16, "PNG", {}),
@@ -233,13 +248,19 @@ def make_images() -> dict[str, bytes]:
         "lossy.webp": (noise, "WEBP", {"exif": exif}),
         "lossless.webp": (noise.convert("RGBA"), "WEBP", {"lossless": True}),
         "frames.webp": (noise, "WEBP", frames),
+        "plain.dib": (noise, "DIB", {}),
+        "pair.jpg": (noise, "MPO", frames),
+        "plain.ppm": (noise, "PPM", {}),
+        "bits.pbm": (noise.convert("1"), "PPM", {}),
+        "grey16.pgm": (grey16.convert("I"), "PPM", {}),
+        "float.ppm": (noise.convert("F"), "PPM", {}),
+        "plain.tga": (noise, "TGA", {}),
+        "runs.tga": (palette, "TGA", {"compression": "tga_rle"}),
+        "plain.jp2": (noise, "JPEG2000", {}),
+        "grey16.j2k": (grey16, "JPEG2000", {"no_jp2": True, "irreversible": False}),
+        "plain.avif": (noise, "AVIF", {"exif": exif}),
+        "frames.avif": (noise, "AVIF", frames),
     }
-    images = {}
-    for name, (image, kind, options) in kinds.items():
-        buffer = BytesIO()
-        image.save(buffer, kind, **options)
-        images[name] = buffer.getvalue()
-    return images
 
 
 def break_image(images: Mapping[str, bytes], source: random.Random) -> tuple[str, bytes]:

@@ -15,16 +15,18 @@ def cache_root() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success the file is flushed to disk and takes ``path``'s place.
+    """Yield a temporary file beside ``path``; on success it is flushed to disk and takes ``path``'s place.
 
     Args:
         path: The file to create or replace. Its folder is created.
 
     Yields:
-        The temporary name to write to. It is removed if the block raises.
+        The temporary file to write to, which is there and empty. It is removed if the block raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a killed writer's, or a link to what is not ours
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as written:

@@ -30,7 +30,7 @@ PARSING = [
     ),
     ('path = "images"', "", "data.path: is missing; source = 'image_folder' reads from it"),
     ("image_size = 16", "image_sise = 16", "data.image_sise: unknown key; did you mean 'image_size'?"),
-    ("image_size = 16", "image_size = 4", "data.image_size: must be at least 8, got 4"),
+    ("image_size = 16", "image_size = 4", "data.image_size: must lie in [8, 2048], got 4"),
     ("image_size = 16", "image_size = 16.0", "data.image_size: must be a whole number, got 16.0"),
     ("image_size = 16", "val_fraction = 1.0", "data.val_fraction: must lie in (0, 1), got 1.0"),
     ("image_size = 16", "max_bad_fraction = -0.1", "data.max_bad_fraction: must lie in [0, 1), got -0.1"),

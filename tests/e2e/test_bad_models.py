@@ -19,6 +19,12 @@ class _RunsCode:
         return os.mkdir, ("pwned",)
 
 
+SMALL_DISK = """
+import shutil
+from types import SimpleNamespace
+shutil.disk_usage = lambda _: SimpleNamespace(free=10**8)
+"""
+"""Imported by every process as it starts."""
 HUB = "https://huggingface.co/timm/resnet18.a1_in1k/resolve/main/model.safetensors"
 MISTAKES = [
     Mistake(
@@ -122,13 +128,18 @@ def test_check_refuses_what_does_not_fit(
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-def test_disk_that_is_too_small_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+def test_disk_that_is_too_small_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     """The decoded images must fit the disk before a backbone is made or an image decoded."""
-    study_file = write_study(folder, ("= 16", "= 1000000"))
+    (folder / "small").mkdir()
+    (folder / "small/sitecustomize.py").write_text(SMALL_DISK)
+    monkeypatch.setenv("PYTHONPATH", str(folder / "small"))
+    study_file = write_study(folder, ("= 16", "= 2048"))
     code, said = fail(capsys, command, study_file)
     assert code == 8
     assert re.fullmatch(
-        r"error: TUNER_CACHE_DIR: must have 36000\.0 GB free for the decoded images, got \d+\.\d GB in '.*/pixels'; "
+        r"error: TUNER_CACHE_DIR: must have 0\.2 GB free for the decoded images, got 0\.1 GB in '.*/pixels'; "
         r"set TUNER_CACHE_DIR or lower data\.image_size\n",
         said,
     )

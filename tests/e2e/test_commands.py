@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tomllib
 import urllib.error
 import urllib.request
@@ -171,7 +172,9 @@ def test_locked_test_split_is_not_opened_by_a_run(tmp_path: Path) -> None:
             for number in range(n_images):
                 pixels = generator.integers(0, 100, (20, 20, 3)) + (150 if label == "light" else 0)
                 path = folder / f"{number}.png"
-                if split == "test":
+                if split == "test" and number == 0:
+                    os.mkfifo(path)
+                elif split == "test":
                     path.write_bytes(b"not an image")
                 else:
                     Image.fromarray(pixels.astype(np.uint8)).save(path)
@@ -184,6 +187,7 @@ def test_locked_test_split_is_not_opened_by_a_run(tmp_path: Path) -> None:
     code, output = place.call("train", "digits", "--out", "model", "--allow-code")
     assert code == 5, output
     assert "not an image" in output
+    assert "must be a file, got a pipe" in output
 
 
 def test_locked_test_split_that_is_cut_from_train_is_not_opened(tmp_path: Path) -> None:

@@ -1,6 +1,15 @@
 """From an image as stored to three channels of 8 bit in a square."""
 
-from typing import Any
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.util import find_spec
+from io import BufferedReader
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +30,68 @@ MAX_PIXELS = 150_000_000
 and says "decompression bomb"."""
 MAX_SIDE = 65_535
 """What JPEG can hold. A broken animation of 7 million by 20 px was found to take 17 s."""
-FORMATS = frozenset(
-    {"AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"}
+FORMATS = frozenset({"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"})
+"""Pillow goes by a file's content and not by its name, and would start Ghostscript for an EPS. ICO is not among them:
+Pillow decodes it as it opens it, before anything can be checked."""
+_PLUGINS = tuple(
+    name
+    for name in ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF", "TGA")
+    if find_spec("PIL.AvifImagePlugin") or name != "AVIF"  # new in Pillow 11.3
 )
-"""Pillow goes by a file's content and not by its name, and would start Ghostscript for an EPS."""
+"""Of ``FORMATS``, in the order in which they are tried: the common ones first, last TGA, which has no signature. MPO is
+opened as a JPEG."""
+LARGE_PIXELS = 20_000_000
+"""Images above are decoded one at a time, since each may take up to 16 bytes a pixel: 16 cores would need 38 GB."""
+_large_turn = ThreadPoolExecutor(1)
+"""A thread for them all and no lock, since the allocator keeps for each thread what that has freed."""
 _ALPHA_MODES = {"RGBA", "LA", "PA", "RGBa", "La"}
 _N_BAND_ROWS = 256
 
 
-def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: str) -> NDArray[np.uint8]:
+class LargeImageError(Exception):
+    """The image has more than ``LARGE_PIXELS``, and others are being decoded beside it."""
+
+
+def open_file(path: str | Path) -> BufferedReader:
+    """Open a regular file for reading. Anything else might keep the reader waiting for ever.
+
+    Raises:
+        OSError: If it is something else, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind == stat.S_IFREG:
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(f"must be a file, got a {'pipe' if kind == stat.S_IFIFO else 'device'}")
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image file; it is closed with the context. Nothing is decoded yet.
+
+    Raises:
+        OSError: If it cannot be opened or is no regular file.
+        Exception: Whatever Pillow raises for a broken file; it has no common base.
+    """
+    with open_file(path) as file, identify_image(file) as image:
+        yield image
+
+
+def identify_image(file: IO[bytes]) -> Image.Image:
+    """Return the image of an open file if it has one of ``FORMATS``. The code for other formats never sees it.
+
+    Raises:
+        Exception: Whatever Pillow raises for a broken file; it has no common base.
+    """
+    return Image.open(file, formats=_PLUGINS)
+
+
+def decode_image(
+    image: Image.Image, *, size: int, resize: str, interpolation: str, takes_turns: bool = True
+) -> NDArray[np.uint8]:
     """Convert an image to RGB and resize it to a square.
 
     Args:
@@ -37,6 +99,8 @@ def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: s
         size: Height and width of the result, in px.
         resize: ``squash`` to the square, or ``crop`` to the centre square first.
         interpolation: A key of ``RESAMPLING``.
+        takes_turns: Whether a large image waits until no other thread of this process decodes one; otherwise it is not
+            decoded.
 
     Returns:
         Shape ``(3, size, size)``.
@@ -44,11 +108,23 @@ def decode_image(image: Image.Image, *, size: int, resize: str, interpolation: s
     Raises:
         ValueError: If it has more than ``MAX_PIXELS``, a side over ``MAX_SIDE`` or a format not in ``FORMATS``.
             Nothing is decoded then.
+        LargeImageError: If it is large and takes no turns.
         Exception: Whatever Pillow raises for a broken file; it has no common base.
     """
     _check_header(image)
+    stored_size = image.size
     # JPEG can be decoded at 1/2, 1/4 or 1/8; twice the size leaves enough for a clean resize.
     image.draft(None, (2 * size, 2 * size))
+    # Of a progressive JPEG all coefficients are in memory, whatever the scale.
+    width, height = stored_size if "progressive" in image.info else image.size
+    if width * height <= LARGE_PIXELS:
+        return _convert(image, size, resize, interpolation)
+    if not takes_turns:
+        raise LargeImageError
+    return _large_turn.submit(_convert, image, size, resize, interpolation).result()
+
+
+def _convert(image: Image.Image, size: int, resize: str, interpolation: str) -> NDArray[np.uint8]:
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     image = to_rgb(image)

@@ -1,8 +1,8 @@
 """Many images decoded at a time: files in processes, since threads share one interpreter lock, and arrays in threads.
 
 No fork of a process that holds torch, and no import of the caller's main module: see ``decode_process``. A process that
-dies costs nothing: the images that it had begun are decoded once more, one at a time with nothing beside them, and only
-one that kills its process again is a bad image.
+dies or hangs costs nothing: the images that it had begun are decoded once more, one at a time with nothing beside them,
+and only one that ends its process again is a bad image. Large images are decoded so too, to bound the memory.
 """
 
 import os
@@ -10,6 +10,7 @@ import selectors
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,8 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from tuner.data.decode_process import Target, decode_into, encode_line
+from tuner.data.decode_process import Opener, Target, decode_into, encode_line
 
 _MODULE = "tuner.data.decode_process"
 _LARGEST_CHUNK = 16
@@ -31,6 +31,8 @@ _N_IN_HAND = 2
 """Chunks that a process has: it decodes one while the next is on its way."""
 _N_FAILED_STARTS = 3
 _GRACE_SECONDS = 5.0
+_SILENCE_SECONDS = 60.0
+"""Silence after which a process counts as hanging. It starts in 0.2 s, and shows life between images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,10 @@ class _Chunk:
     """Images that are decoded together. None of them: the start of a process, which it answers like a chunk."""
 
     positions: tuple[int, ...] = ()
+    is_alone: bool = False
+    """Whether it is one image that has to be decoded with nothing beside it."""
     is_suspect: bool = False
-    """Whether a process died when it had this one image, among others."""
+    """Whether a process died or hung when it had this one image, among others."""
 
 
 class _DecodeProcess:
@@ -63,22 +67,26 @@ class _DecodeProcess:
             self.connection.close()
             raise
         self.in_hand: deque[_Chunk] = deque()
+        self._heard = time.monotonic()
         self._rest = b""
         self._send(_Chunk(), asdict(target))
 
     def give(self, chunk: _Chunk, files: Sequence[Path]) -> None:
         """Hand over images; a process that is gone shows when it is next heard."""
-        self._send(chunk, [(position, str(files[position])) for position in chunk.positions])
+        images = [(position, str(files[position])) for position in chunk.positions]
+        self._send(chunk, {"is_alone": chunk.is_alone, "images": images})
 
     def _send(self, chunk: _Chunk, message: object) -> None:
+        if not self.in_hand:
+            self._heard = time.monotonic()
         self.in_hand.append(chunk)
         try:
             self.connection.sendall(encode_line(message))
         except OSError:
             return
 
-    def receive(self) -> Iterator[tuple[_Chunk, dict[int, str]]]:
-        """Yield the chunks that are done, with the images that failed.
+    def receive(self) -> Iterator[tuple[_Chunk, dict[int, str | None]]]:
+        """Yield the chunks that are done, with the images that failed, or None for those to be decoded alone.
 
         Raises:
             EOFError: If the process is gone.
@@ -89,9 +97,17 @@ class _DecodeProcess:
             raise EOFError from error
         if not received:
             raise EOFError
+        self._heard = time.monotonic()
         *lines, self._rest = (self._rest + received).split(b"\n")
-        for line in lines:
+        for line in filter(None, lines):
             yield self.in_hand.popleft(), dict(loads(line))
+
+    def is_silent(self, limit: float) -> bool:
+        """Whether the process has work and has shown no life for so many seconds; a start may take a minute."""
+        if not self.in_hand:
+            return False
+        allowed = limit if self.in_hand[0].positions else max(limit, _SILENCE_SECONDS)
+        return time.monotonic() - self._heard > allowed
 
     def describe_end(self) -> str:
         """Return how the process ended. Waits for its end."""
@@ -118,15 +134,17 @@ class _Pool:
         files: Sequence[Path],
         n_processes: int,
         on_image: Callable[[int, str], None],
+        silence_limit: float,
     ) -> None:
         self._target = target
         self._files = files
         self._n_processes = n_processes
         self._on_image = on_image
+        self._silence_limit = silence_limit
         self._first = 0
         """Images from here on have not been given to a process."""
         self._returned: deque[_Chunk] = deque()
-        self._suspects: deque[_Chunk] = deque()
+        self._alone: deque[_Chunk] = deque()
         self._processes: list[_DecodeProcess] = []
         self._selector = selectors.DefaultSelector()
         self._n_failed_starts = 0
@@ -142,8 +160,9 @@ class _Pool:
     def run(self) -> None:
         """Decode until all is done, or no process can be started."""
         while self._hand_out():
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self._silence_limit / 4):
                 self._hear(key.data)
+            self._end_silent()
 
     def _hand_out(self) -> bool:
         """Start processes and give them work; return whether any has some."""
@@ -151,8 +170,8 @@ class _Pool:
         for process in self._processes:
             while len(process.in_hand) < _N_IN_HAND and (chunk := self._take_chunk()):
                 process.give(chunk, self._files)
-        if self._suspects and self._processes and not self._is_busy():
-            self._processes[0].give(self._suspects.popleft(), self._files)
+        if self._alone and self._processes and not self._is_busy():
+            self._processes[0].give(self._alone.popleft(), self._files)
         return self._is_busy()
 
     def _is_busy(self) -> bool:
@@ -160,7 +179,7 @@ class _Pool:
 
     def _start_processes(self) -> None:
         has_chunks = self._returned or self._first < len(self._files)
-        n_wanted = self._n_processes if has_chunks else min(1, len(self._suspects))
+        n_wanted = self._n_processes if has_chunks else min(1, len(self._alone))
         while len(self._processes) < n_wanted and self._n_failed_starts < _N_FAILED_STARTS:
             try:
                 process = _DecodeProcess(self._target)
@@ -171,7 +190,7 @@ class _Pool:
             self._selector.register(process.connection, selectors.EVENT_READ, process)
 
     def _take_chunk(self) -> _Chunk | None:
-        """Return images that are not suspects. Chunks get smaller so that all processes finish at the same time."""
+        """Return images that may have others beside them. Chunks get smaller: all processes finish at the same time."""
         if self._returned:
             return self._returned.popleft()
         n_left = len(self._files) - self._first
@@ -187,30 +206,45 @@ class _Pool:
                 if not chunk.positions:
                     self._n_failed_starts = 0
                 for position in chunk.positions:
-                    self._on_image(position, reasons.get(position, ""))
+                    if (reason := reasons.get(position, "")) is None:
+                        self._alone.append(_Chunk(positions=(position,), is_alone=True))
+                    else:
+                        self._on_image(position, reason)
         except EOFError:
-            self._bury(process)
+            self._bury(process, f"killed the process that decoded it: {process.describe_end()}")
 
-    def _bury(self, process: _DecodeProcess) -> None:
-        """Take back what a dead process had; it had begun at most the first of its chunks."""
+    def _end_silent(self) -> None:
+        """End the processes that hang; not one that has answered while this process was held up itself."""
+        silent = [process for process in self._processes if process.is_silent(self._silence_limit)]
+        answered = [key.data for key, _ in self._selector.select(0)] if silent else []
+        for process in silent:
+            if process not in answered:
+                self._bury(process, f"took longer than {self._silence_limit:g} s")
+
+    def _bury(self, process: _DecodeProcess, reason: str) -> None:
+        """Take back what a process had that is dead or to be ended; it had begun at most the first of its chunks."""
         self._processes.remove(process)
         self._selector.unregister(process.connection)
-        how = process.describe_end()
-        process.connection.close()
+        process.end()
         begun, *others = process.in_hand or [_Chunk()]
         for chunk in others:
-            (self._suspects if chunk.is_suspect else self._returned).append(chunk)
+            (self._alone if chunk.is_alone else self._returned).append(chunk)
         if process.in_hand and not begun.positions:
             self._n_failed_starts += 1
         for position in begun.positions:
             if begun.is_suspect:
-                self._on_image(position, f"killed the process that decoded it: {how}")
+                self._on_image(position, reason)
             else:
-                self._suspects.append(_Chunk(positions=(position,), is_suspect=True))
+                self._alone.append(_Chunk(positions=(position,), is_alone=True, is_suspect=True))
 
 
 def decode_files(
-    target: Target, files: Sequence[Path], *, n_processes: int, on_image: Callable[[int, str], None]
+    target: Target,
+    files: Sequence[Path],
+    *,
+    n_processes: int,
+    on_image: Callable[[int, str], None],
+    silence_limit: float = _SILENCE_SECONDS,
 ) -> None:
     """Decode image files into a mapped array.
 
@@ -220,15 +254,16 @@ def decode_files(
         n_processes: Images decoded at a time.
         on_image: Called once per image, in any order, with its position and why it failed, or an empty text; not for
             images that are left because no process can be started.
+        silence_limit: Seconds without a sign of life after which a process is ended and its work done again.
     """
-    with _Pool(target, files, n_processes, on_image) as pool:
+    with _Pool(target, files, n_processes, on_image, silence_limit) as pool:
         pool.run()
 
 
 def decode_in_threads(
     target: Target,
     pixels: NDArray[np.uint8],
-    openers: Mapping[int, Callable[[], Image.Image]],
+    openers: Mapping[int, Opener],
     *,
     n_threads: int,
     on_image: Callable[[int, str], None],

@@ -1,7 +1,8 @@
 """One process that decodes image files into a mapped array; started by ``decode_pool``.
 
 ``python -m tuner.data.decode_process FD`` with one end of a socket pair: a line says where to and how, each further one
-names images, and each is answered by a line with those that failed. It imports little, since it starts per data set.
+names images, and each is answered by a line with those that failed. Empty lines in between are signs of life. It
+imports little, since it starts per data set.
 """
 
 import json
@@ -10,8 +11,10 @@ import select
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Never
 
@@ -19,7 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tuner.data.decode import decode_image, explain_bad_image
+from tuner.data.decode import LargeImageError, decode_image, explain_bad_image, open_image
+
+_PULSE_SECONDS = 1.0
+
+Opener = Callable[[], AbstractContextManager[Image.Image]]
+"""Opens one image as stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +41,28 @@ class Target:
     interpolation: str
 
 
-def decode_into(pixels: NDArray[np.uint8], position: int, open_image: Callable[[], Image.Image], target: Target) -> str:
+def decode_into(
+    pixels: NDArray[np.uint8], position: int, opener: Opener, target: Target, *, takes_turns: bool = True
+) -> str:
     """Decode an image to its place in ``pixels``.
 
     Returns:
         One line on why it failed, or an empty text.
+
+    Raises:
+        LargeImageError: If the image is large and takes no turns, see ``decode_image``.
     """
     try:
-        with open_image() as image:
+        with opener() as image:
             pixels[position] = decode_image(
-                image, size=target.size, resize=target.resize, interpolation=target.interpolation
+                image,
+                size=target.size,
+                resize=target.resize,
+                interpolation=target.interpolation,
+                takes_turns=takes_turns,
             )
+    except LargeImageError:
+        raise
     except Exception as error:  # noqa: BLE001  # Pillow's formats raise nearly everything for broken files
         return explain_bad_image(error)
     return ""
@@ -59,16 +78,33 @@ def main(descriptor: int) -> None:
     warnings.simplefilter("ignore")
     _answer(connection, [])
     for line in lines:
-        reasons = [(position, _decode_file(pixels, position, path, target)) for position, path in json.loads(line)]
-        _answer(connection, [(position, reason) for position, reason in reasons if reason])
+        _decode_chunk(connection, pixels, target, json.loads(line))
 
 
-def _decode_file(pixels: NDArray[np.uint8], position: int, path: str, target: Target) -> str:
-    return decode_into(pixels, position, lambda: Image.open(path), target)
+def _decode_chunk(connection: socket.socket, pixels: NDArray[np.uint8], target: Target, chunk: dict[str, Any]) -> None:
+    told, failed = time.monotonic(), []
+    for position, path in chunk["images"]:
+        reason = _decode_file(pixels, position, path, target, takes_turns=chunk["is_alone"])
+        if reason != "":
+            failed.append((position, reason))
+        if time.monotonic() - told > _PULSE_SECONDS:
+            connection.sendall(b"\n")
+            told = time.monotonic()
+    _answer(connection, failed)
 
 
-def _answer(connection: socket.socket, bad: list[tuple[int, str]]) -> None:
-    connection.sendall(encode_line(bad))
+def _decode_file(
+    pixels: NDArray[np.uint8], position: int, path: str, target: Target, *, takes_turns: bool
+) -> str | None:
+    """Return why the image failed, an empty text, or None for a large image that has to be decoded alone."""
+    try:
+        return decode_into(pixels, position, lambda: open_image(path), target, takes_turns=takes_turns)
+    except LargeImageError:
+        return None
+
+
+def _answer(connection: socket.socket, failed: list[tuple[int, str | None]]) -> None:
+    connection.sendall(encode_line(failed))
 
 
 def encode_line(message: Any) -> bytes:

@@ -1,6 +1,7 @@
 """What a data source found: names, labels and given splits of the images. No pixel has been read."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -50,8 +51,8 @@ class ImageIndex:
     """Shape ``(n_images,)``; a ``Split``, or ``NO_SPLIT``."""
     stamps: tuple[str, ...]
     """Identity without reading the file: its size, or a short hash of an array. Empty for TEST files."""
-    open_image: Callable[[int], Image.Image]
-    """Returns image ``i`` as stored, not yet converted. Safe to call from several threads."""
+    open_image: Callable[[int], AbstractContextManager[Image.Image]]
+    """Opens image ``i`` as stored, not yet converted, in a ``with``. Safe to call from several threads."""
     read_version: Callable[[int], str] | None = None
     """Returns what changes whenever file ``i`` does (size and times), for the cache of decoded images. None: the stamp.
     It looks at the file, so it may be called for a TEST image only where that image may be opened."""
@@ -102,7 +103,7 @@ def join_indexes(first: ImageIndex, second: ImageIndex) -> ImageIndex:
     def locate(row: int) -> tuple[ImageIndex, int]:
         return (first, row) if row < n_first else (second, row - n_first)
 
-    def open_image(row: int) -> Image.Image:
+    def open_image(row: int) -> AbstractContextManager[Image.Image]:
         index, own_row = locate(row)
         return index.open_image(own_row)
 

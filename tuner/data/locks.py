@@ -1,5 +1,6 @@
 """Who writes an entry of the cache, and who has it mapped. The locks end with their process, however it ends."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -68,10 +69,10 @@ def is_mapped(path: Path) -> bool:
     return False
 
 
-def _take_lock(path: Path, *, waits: bool) -> IO[str] | None:
+def _take_lock(path: Path, *, waits: bool) -> IO[bytes] | None:
     """Return the open lock file, or None if another holds the lock."""
     while True:
-        lock = find_lock(path).open("w")
+        lock = _open_lock(find_lock(path))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -80,6 +81,17 @@ def _take_lock(path: Path, *, waits: bool) -> IO[str] | None:
         except OSError:  # a file system without locks: the same file is then written twice
             return lock
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), find_lock(path).stat()):
+            if os.path.samestat(os.fstat(lock.fileno()), find_lock(path).lstat()):
                 return lock
         lock.close()  # the entry was evicted with its lock while this process waited
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    """Open a lock file as it is. A link in its place is removed: a stranger may have put it into a shared cache."""
+    while True:
+        try:
+            return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "rb")
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            path.unlink(missing_ok=True)

@@ -1,13 +1,12 @@
 """From a list of image files with class names to an index; shared by the sources that read files."""
 
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from tuner.data.decode import open_image
 from tuner.data.index import NO_SPLIT, ImageIndex, Split, preview
 from tuner.errors import DataError
 
@@ -31,7 +30,7 @@ def index_files(entries: Sequence[FileEntry]) -> ImageIndex:
         entries: At least one; in any order.
 
     Raises:
-        DataError: If there are no train images, a class that train lacks, or a pipe or device among the files.
+        DataError: If there are no train images, or a class that train lacks.
     """
     entries = sorted(entries, key=lambda entry: entry.name)
     classes = _find_classes(entries)
@@ -43,7 +42,7 @@ def index_files(entries: Sequence[FileEntry]) -> ImageIndex:
         labels=np.array([positions[entry.class_name] for entry in entries], dtype=np.int64),
         given_splits=np.array(splits, dtype=np.int8),
         stamps=tuple("" if entry.split is Split.TEST else _read_size(entry.path) for entry in entries),
-        open_image=lambda row: Image.open(entries[row].path),
+        open_image=lambda row: open_image(entries[row].path),
         read_version=lambda row: file_version(entries[row].path),
         find_file=lambda row: entries[row].path,
     )
@@ -63,12 +62,9 @@ def _find_classes(entries: Sequence[FileEntry]) -> tuple[str, ...]:
 
 def _read_size(path: Path) -> str:
     try:
-        status = path.stat()
+        return str(path.stat().st_size)
     except OSError:  # a broken link: it counts as a bad image when it is opened
         return "missing"
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise DataError(f"data.path: must hold image files, got '{path}', which is a pipe or a device; remove it")
-    return str(status.st_size)
 
 
 def file_version(path: str | Path) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from tuner.data.decode import open_image
 from tuner.data.index import NO_SPLIT, ImageIndex, Split, join_indexes, preview
 from tuner.data.source_files import file_version
 from tuner.errors import DataError
@@ -165,7 +165,7 @@ def _index_dataset(dataset: Any, classes: tuple[str, ...], split: Split | None) 
         labels=np.array([positions[name] for name in names], dtype=np.int64),
         given_splits=np.full(len(names), NO_SPLIT if split is None else split, dtype=np.int8),
         stamps=_stamp_images(dataset, files),
-        open_image=(lambda row: Image.open(files[row])) if files else (lambda row: dataset[row][0]),
+        open_image=(lambda row: open_image(files[row])) if files else (lambda row: dataset[row][0]),
         read_version=(lambda row: file_version(files[row])) if files else None,
         find_file=(lambda row: Path(files[row])) if files else None,
     )

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 
-from tuner.data.decode import decode_image, explain_bad_image
+from tuner.data.decode import decode_image, explain_bad_image, open_image
 from tuner.data.image_set import ImageSet
 from tuner.data.source_folder import IMAGE_SUFFIXES
 from tuner.errors import DataError
@@ -134,10 +133,8 @@ class Predictor:
     def _read_image(self, path: Path) -> NDArray[np.uint8] | str:
         manifest = self.manifest
         interpolation = manifest.preprocessing.interpolation
-        if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
-            return "not a file"
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 return decode_image(
                     image, size=manifest.image_size, resize=manifest.resize, interpolation=interpolation
                 )
@@ -180,13 +177,17 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: If there is nothing to predict, or a folder cannot be read.
     """
-    found = [image for path in map(Path, paths) for image in (_list_folder(path) if path.is_dir() else [path])]
+    found = [image for path in map(Path, paths) for image in (_list_folder(path) if _is_folder(path) else [path])]
     if not found:
         given = ", ".join(f"'{path}'" for path in paths) or "no path"
         raise DataError(
             f"images: must be image files or folders that hold some, got {given}; images end in .jpg, .png or the like"
         )
     return found
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises for names that are too long, or in closed folders
 
 
 def _list_folder(folder: Path) -> list[Path]:

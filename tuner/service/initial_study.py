@@ -1,15 +1,19 @@
 """Look at a folder of images and write a study file for it: ``tuner init``."""
 
-import json
+import os
+import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import tomli_w
 
 from tuner.data.index import ImageIndex, Split
 from tuner.data.sources import read_index
 from tuner.data.splits import cut_splits
 from tuner.errors import DataError, SpecError
+from tuner.spec.printable import as_printable
 from tuner.spec.sections import DataSection
 from tuner.spec.study import load_spec
 
@@ -22,13 +26,13 @@ _TEMPLATE = """\
 # Expected: not yet measured
 
 [study]
-name = {name}
+{name_line}
 objective = "{objective}"{imbalance}
 seed = 0
 
 [data]
 source = "image_folder"
-path = {path}
+{path_line}
 image_size = {image_size}                # the images' shorter side is {typical_px} px (median)
 resize = "squash"                # or "crop": shorter side, then centre crop
 {val_line}
@@ -73,16 +77,22 @@ def write_initial_study(folder: Path, out: Path | None = None) -> tuple[Path, st
 
     Raises:
         DataError: If the folder cannot be used.
-        SpecError: If the file exists or cannot be written.
+        SpecError: If the file exists or cannot be written, or the folder's path is no text.
     """
-    out = out or Path(f"{folder.resolve().name}.toml")
-    if out.exists():
+    out = out or Path(f"{_choose_name(folder)}.toml")
+    if os.path.lexists(out):  # a link that leads nowhere too; Path.exists raises for names that are too long
         raise SpecError(f"{out}: must not exist yet; --out names another file")
     section = DataSection(source="image_folder", path=str(folder.resolve()))
     index = read_index(section)
     cut_splits(index, section, seed=0)
     try:
-        out.write_text(_fill_template(folder, out, index), encoding="utf-8")
+        text = _fill_template(folder, out, index).encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"{as_printable(str(folder))}: its path must be UTF-8, as study files are; rename it"
+        ) from error
+    try:
+        out.write_bytes(text)
     except OSError as error:
         raise SpecError(f"{out}: must be a file that can be written, got: {error.strerror}") from error
     load_spec(out)
@@ -99,12 +109,12 @@ def _fill_template(folder: Path, out: Path, index: ImageIndex) -> str:
     largest = max(1, n_train // 4)
     batch_sizes = [size for size in _BATCH_SIZES if size <= largest][-4:]
     return _TEMPLATE.format(
-        folder_name=_as_printable(folder.resolve().name),
-        file_name=_as_printable(out.name),
-        name=json.dumps(_as_printable(folder.resolve().name), ensure_ascii=False),
+        folder_name=as_printable(folder.resolve().name),
+        file_name=as_printable(out.name),
+        name_line=_write_line("name", _choose_name(folder)),
         objective="val_balanced_accuracy" if is_unbalanced else "val_accuracy",
         imbalance="  # the classes differ in size" if is_unbalanced else "",
-        path=json.dumps(_relative_path(folder, out), ensure_ascii=False),
+        path_line=_write_line("path", _choose_path(folder, out)),
         image_size=_choose_size(typical_px),
         typical_px=typical_px,
         val_line="# val is given by the folder" if has_val else "val_fraction = 0.2",
@@ -115,28 +125,33 @@ def _fill_template(folder: Path, out: Path, index: ImageIndex) -> str:
     )
 
 
-def _as_printable(name: str) -> str:
-    """Return a name for one line: a line feed in it would end a comment, and what follows would be settings."""
-    return "".join(character if character.isprintable() else "?" for character in name)
+def _write_line(key: str, value: str) -> str:
+    return tomli_w.dumps({key: value}).strip()
 
 
-def _relative_path(folder: Path, out: Path) -> str:
-    """Return the folder as seen from the study file, if it lies below; else absolute."""
+def _choose_name(folder: Path) -> str:
+    """Return a study's name like the folder's: no option, not blank, not too long."""
+    name = as_printable(folder.resolve().name).lstrip("-")[:200]
+    return name if name.strip() else "study"
+
+
+def _choose_path(folder: Path, out: Path) -> str:
+    """Return the folder as seen from the study file, if it lies below and does not look like a home; else absolute."""
     home = out.resolve().parent
     target = folder.resolve()
-    return str(target.relative_to(home)) if target.is_relative_to(home) else str(target)
+    relative = str(target.relative_to(home)) if target.is_relative_to(home) else "~"
+    return str(target) if relative.startswith("~") else relative
 
 
 def _measure_typical_px(index: ImageIndex) -> int:
     """Return the median shorter side of some images that the search may open."""
     rows = np.flatnonzero(index.given_splits != Split.TEST)
     sides = []
-    for row in np.random.default_rng(0).permutation(rows)[:_N_SIZED]:
-        try:
-            with index.open_image(int(row)) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd metadata and large images
+        for row in np.random.default_rng(0).permutation(rows)[:_N_SIZED]:
+            with suppress(Exception), index.open_image(int(row)) as image:  # Pillow raises nearly everything
                 sides.append(min(image.size))
-        except OSError:
-            continue
     if not sides:
         raise DataError("data.path: must hold images that can be opened, got none")
     return int(np.median(sides))

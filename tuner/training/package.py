@@ -16,7 +16,7 @@ from torch import nn
 from tuner.errors import ExportError, ModelError
 from tuner.models.backbone import Preprocessing, create_backbone, is_own
 from tuner.models.weights import apply_state
-from tuner.spec.sections import BackboneSection
+from tuner.spec.sections import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, BackboneSection
 from tuner.trial import TrialParams
 
 WEIGHTS_NAME = "model.safetensors"
@@ -65,12 +65,15 @@ class Manifest:
         section = BackboneSection.model_validate(values["backbone_section"])
         if section.mean is None or section.std is None or section.interpolation is None:
             raise ValueError("backbone_section must hold mean, std and interpolation")
+        image_size = int(values["image_size"])
+        if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size must lie in [{MIN_IMAGE_SIZE}, {MAX_IMAGE_SIZE}], got {image_size}")
         return cls(
             backbone=str(values["backbone"]),
             kwargs=section.kwargs,
             preprocessing=Preprocessing(mean=section.mean, std=section.std, interpolation=section.interpolation),
             classes=tuple(map(str, values["classes"])),
-            image_size=int(values["image_size"]),
+            image_size=image_size,
             resize=str(values["resize"]),
             params=TrialParams.from_json(values["params"]),
             provenance=dict(values["provenance"]),
@@ -147,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
         ModelError: If its manifest is broken.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  # Path.is_file raises in folders that are closed
         raise ExportError(
             f"{folder}: must be a model folder with a {MANIFEST_NAME}, got none; 'tuner train' writes one"
         )
@@ -166,10 +169,14 @@ def check_replaceable(folder: Path) -> None:
     Raises:
         ExportError: If it must not be replaced.
     """
-    if folder.is_dir() and (foreign := sorted({path.name for path in folder.iterdir()} - _OWN_NAMES)):
+    try:
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise ExportError(f"{folder}: must be a folder that can be written, got: {error.strerror}") from error
+    if foreign := [name for name in names if name not in _OWN_NAMES]:
         shown = ", ".join(foreign[:3])
         raise ExportError(f"{folder}: must be new, empty or an older model folder, got a folder with {shown}")
-    if folder.is_dir() and any(folder.iterdir()):
+    if names:
         read_manifest(folder)
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{folder}: must be new, empty or an older model folder, got a file")

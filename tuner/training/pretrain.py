@@ -11,7 +11,7 @@ import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,6 +34,8 @@ from tuner.training.prepare import strip_head
 from tuner.trial import EpochResult, TrialParams
 
 _FORMAT = 1
+_verified: set[tuple[int, int, int, str]] = set()
+"""Files whose bytes this process has compared with their digest: device, inode, size and digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def pretrain_backbone(
 
     Returns:
         A safetensors file of the model without its head. A JSON file of the same name beside it holds what it was
-        made from, and its epochs.
+        made from, its epochs, and the digest by which damage shows.
 
     Raises:
         ValueError: If the spec has no pretraining section.
@@ -75,16 +77,17 @@ def pretrain_backbone(
     plan = _make_plan(name, spec)
     facts = _list_facts(plan)
     path = _place(facts)
-    if _is_readable(path):
+    if _is_whole(path):
         touch(path)
         return path
     model = _start_model(plan)
     epochs = _train_model(plan, model, device, on_epoch)
     try:
-        with replacing(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps({"facts": facts, "epochs": epochs}, indent=1), encoding="utf-8")
         with replacing(path) as temporary:
             save_file(strip_head(model), temporary)
+            log = {"facts": facts, "epochs": epochs, "sha256": _compute_digest(temporary)}
+            with replacing(path.with_suffix(".json")) as sidecar:
+                sidecar.write_text(json.dumps(log, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
         raise StorageError(f"TUNER_CACHE_DIR: must be a folder that can be written, got '{path}' ({error})") from error
     return path
@@ -98,7 +101,7 @@ def find_pretrained(name: str, spec: StudySpec) -> tuple[Path, bool]:
         ModelError: If the backbone cannot be used.
     """
     path = _place(_list_facts(_make_plan(name, spec)))
-    return path, _is_readable(path)
+    return path, _is_whole(path)
 
 
 def identify_pretraining(name: str, spec: StudySpec) -> str:
@@ -165,13 +168,22 @@ def _minor_version(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether the file holds whole safetensors; its header says how long it must be."""
+def _is_whole(path: Path) -> bool:
+    """Compare the file with the digest that its log keeps, once per process."""
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
+        digest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+        status = path.stat()
+        identity = (status.st_dev, status.st_ino, status.st_size, digest)
+        if identity not in _verified and _compute_digest(path) == digest:
+            _verified.add(identity)
+    except (OSError, ValueError, LookupError, TypeError):
         return False
+    return identity in _verified
+
+
+def _compute_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _start_model(plan: _Plan) -> nn.Module:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tuner.data.content import hash_content
+from tuner.data.index import ImageIndex
 from tuner.data.sources import read_index
 from tuner.spec.sections import DataSection
 
@@ -45,16 +46,46 @@ def test_hash_content_opens_only_the_rows_it_is_given(tmp_path: Path) -> None:
 
 
 def test_hash_content_reads_files_once(tmp_path: Path, cache: Path) -> None:
-    """The second worker looks at names, sizes and times alone; a torn note is made again."""
+    """The second worker looks at names, sizes and times alone."""
     index = read_index(write_files(tmp_path / "x"))
     first = hash_content(index, ROWS)
     (note,) = (cache / "content").iterdir()
-    note.write_text("f" * 64)
     os.utime(note, (0, 0))
-    assert hash_content(index, ROWS) == "f" * 64
+    assert hash_content(forbid_reading(index), ROWS) == first
     assert note.stat().st_mtime > 0
-    note.write_text("torn")
-    assert hash_content(index, ROWS) == first
+
+
+def forbid_reading(index: ImageIndex) -> ImageIndex:
+    """Return the index with files that must not be asked for."""
+
+    def refuse(row: int) -> Path:
+        raise AssertionError(f"asked for file {row}")
+
+    return ImageIndex(**{**vars(index), "find_file": refuse})
+
+
+@pytest.mark.parametrize("place", [0, 63, 65, -2])
+def test_hash_content_is_computed_again_where_the_note_is_damaged(tmp_path: Path, cache: Path, place: int) -> None:
+    """A flipped bit in what is remembered, or in its checksum, must not make another data set of it."""
+    index = read_index(write_files(tmp_path / "x"))
+    first = hash_content(index, ROWS)
+    (note,) = (cache / "content").iterdir()
+    whole = note.read_bytes()
+    flipped = bytearray(whole)
+    flipped[place] ^= 1
+    for damaged in (bytes(flipped), whole[:64], b"torn", b"\xff" * 70, b""):
+        note.write_bytes(damaged)
+        assert hash_content(index, ROWS) == first
+        assert note.read_bytes() == whole
+
+
+def test_hash_content_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    """Nobody writes to it; it counts as what cannot be read."""
+    index = read_index(write_files(tmp_path / "x"))
+    (tmp_path / "x/a/0.bmp").unlink()
+    missing = hash_content(index, ROWS)
+    os.mkfifo(tmp_path / "x/a/0.bmp")
+    assert hash_content(index, ROWS) == missing
 
 
 def test_hash_content_counts_what_cannot_be_read(tmp_path: Path) -> None:

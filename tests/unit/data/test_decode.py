@@ -153,11 +153,16 @@ def test_decode_image_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         decode(Image.open(BytesIO(make_png(60_000, 4_000))))
 
 
-def test_decode_image_refuses_a_text_bomb() -> None:
-    """A few kilobytes of compressed text that unpack to 64 MB are no image."""
+def make_text_bomb() -> bytes:
+    """Return a PNG with a few kilobytes of compressed text that unpack to 64 MB."""
     bomb = b"Comment\x00\x00" + zlib.compress(bytes(64 << 20), 9)
+    return make_png(8, 8, (b"zTXt", bomb))
+
+
+def test_decode_image_refuses_a_text_bomb() -> None:
+    """Few bytes in the file, many in the memory."""
     with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"):
-        decode(Image.open(BytesIO(make_png(8, 8, (b"zTXt", bomb)))))
+        decode(Image.open(BytesIO(make_text_bomb())))
 
 
 def test_decode_image_reads_one_frame_of_many() -> None:
@@ -173,7 +178,7 @@ def test_decode_image_reads_one_frame_of_many() -> None:
 
 
 def test_decode_image_starts_no_other_program() -> None:
-    """A picture that Pillow would hand to Ghostscript is refused, whatever its name."""
+    """A picture that Pillow would hand to Ghostscript is refused, whoever opened it."""
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch x) (w) file\n%%EOF\n"
     with pytest.raises(ValueError, match=r"must be one of AVIF, .*, WEBP, got EPS"):
         decode(Image.open(BytesIO(script)))

@@ -24,11 +24,14 @@ ALWAYS, NEVER = 1, 10**9
 
 KILLING_CODEC = """
 import os, resource, signal
-from PIL import Image
-def die(*_):
+def act(*_):
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.kill(os.getpid(), signal.SIGSEGV)
-Image.register_open("KILL", die, lambda prefix: prefix.startswith(b"KILL"))
+"""
+REGISTRATION = """
+from PIL import Image
+Image.preinit()
+Image.register_open("BMP", act, lambda prefix: prefix.startswith(b"KILL"))
 """
 
 DOOMED = """
@@ -109,6 +112,13 @@ def watch_children(seen: set[int], act: Callable[[list[int]], None] = lambda _: 
     return report
 
 
+def use_codec(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new processes run code for files that begin with KILL."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code + REGISTRATION)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 def test_processes_decode_what_threads_decode(tmp_path: Path, cache: Path) -> None:
     """Pixels, rows and bad images are the same, for broken files, odd modes and odd names too."""
     root = write_data(tmp_path / "data")
@@ -121,6 +131,7 @@ def test_processes_decode_what_threads_decode(tmp_path: Path, cache: Path) -> No
     (root / "bee/bomb.pgm").write_bytes(b"P5 20000 100000 255\n")
     (root / "bee/cut.jpg").write_bytes((root / "bee/001.jpg").read_bytes()[:700])
     (root / "bee/empty.jpg").touch()
+    os.mkfifo(root / "bee/pipe.jpg")
     (root / "bee/gone.jpg").symlink_to("nowhere")
     seen: set[int] = set()
     for section in (make_section(root, max_bad_fraction=0.1, resize=way) for way in ("squash", "crop")):
@@ -137,7 +148,7 @@ def test_processes_decode_what_threads_decode(tmp_path: Path, cache: Path) -> No
         assert [image.name for image in processes.bad] == [f"bee/{name}" for name in BAD_NAMES]
 
 
-BAD_NAMES = ("bomb.pgm", "cut.jpg", "empty.jpg", "gone.jpg")
+BAD_NAMES = ("bomb.pgm", "cut.jpg", "empty.jpg", "gone.jpg", "pipe.jpg")
 
 
 def test_progress_of_processes_counts_every_image(tmp_path: Path) -> None:
@@ -188,10 +199,7 @@ def test_image_that_kills_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     root = write_data(tmp_path / "data")
     for name in ("ant/007.jpg", "bee/039.jpg"):
         (root / name).write_bytes(b"KILL" * 10)
-    codec = tmp_path / "codec/sitecustomize.py"
-    codec.parent.mkdir()
-    codec.write_text(KILLING_CODEC)
-    monkeypatch.setenv("PYTHONPATH", str(codec.parent))
+    use_codec(tmp_path / "codec", KILLING_CODEC, monkeypatch)
     store = open_all(make_section(root, max_bad_fraction=0.1), min_files_for_processes=ALWAYS)
     reason = "killed the process that decoded it: signal 11"
     assert {image.name: image.reason for image in store.bad} == {"ant/007.jpg": reason, "bee/039.jpg": reason}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tuner.data.index import NO_SPLIT, Split, select_classes
+from tuner.data.index import NO_SPLIT, ImageIndex, Split, select_classes
 from tuner.data.source_torchvision import DATASETS, _find_class, read_torchvision
 from tuner.data.splits import cut_splits, has_test, unlock_test
 from tuner.errors import DataError
@@ -41,6 +41,12 @@ def write_dtd(root: Path, splits: dict[str, list[str]]) -> None:
             Image.new("RGB", (4, 4)).save(path)
 
 
+def read_value(index: ImageIndex, row: int) -> object:
+    """Return the first pixel of an image."""
+    with index.open_image(row) as image:
+        return image.getpixel((0, 0))
+
+
 def test_read_torchvision_reads_arrays(tmp_path: Path) -> None:
     """Classes are named by the data set and sorted, and each row opens its image."""
     write_idx(tmp_path, "train", [0, 9, 0, 1])
@@ -48,7 +54,7 @@ def test_read_torchvision_reads_arrays(tmp_path: Path) -> None:
     assert index.classes == ("Ankle boot", "T-shirt/top", "Trouser")
     assert index.labels.tolist() == [1, 0, 1, 2]
     assert index.names[:2] == ("train/000000", "train/000001")
-    assert [index.open_image(row).getpixel((0, 0)) for row in range(4)] == [0, 1, 2, 3]
+    assert [read_value(index, row) for row in range(4)] == [0, 1, 2, 3]
     assert len(set(index.stamps)) == 4
 
 
@@ -65,7 +71,7 @@ def test_read_torchvision_leaves_the_test_split_alone_until_it_is_unlocked(tmp_p
     assert all_splits[4:].tolist() == [Split.TEST, Split.TEST]
     assert unlocked.names[4:] == ("test/000000", "test/000002")
     assert unlocked.labels[4:].tolist() == [0, 1]
-    assert unlocked.open_image(5).getpixel((0, 0)) == 2
+    assert read_value(unlocked, 5) == 2
 
 
 def test_read_torchvision_keeps_given_splits_of_files(tmp_path: Path) -> None:

@@ -66,8 +66,9 @@ def test_read_digits_scales_pixels_to_8_bit(tmp_path: Path) -> None:
     index = read_digits(write_source(tmp_path, "digits"))
     assert len(index.names) == 1797
     assert index.names[17] == "digits/0017"
-    assert index.open_image(0).mode == "L"
-    assert index.open_image(0).getextrema() == (0, 239)  # 15 of 16
+    with index.open_image(0) as image:
+        assert image.mode == "L"
+        assert image.getextrema() == (0, 239)  # 15 of 16
 
 
 def test_sources_load_no_torch() -> None:

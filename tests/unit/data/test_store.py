@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def open_all(section: DataSection, index: ImageIndex | None = None, **options: A
 def forbid_opening(index: ImageIndex) -> ImageIndex:
     """Return the index with images that cannot be opened."""
 
-    def refuse(row: int) -> Image.Image:
+    def refuse(row: int) -> AbstractContextManager[Image.Image]:
         raise AssertionError(f"opened image {row}")
 
     return ImageIndex(**{**vars(index), "open_image": refuse})
@@ -203,7 +204,7 @@ def test_open_store_is_safe_for_two_at_once(tmp_path: Path) -> None:
     n_opened: list[int] = []
     index = read_image_folder(section)
 
-    def count_and_open(row: int) -> Image.Image:
+    def count_and_open(row: int) -> AbstractContextManager[Image.Image]:
         n_opened.append(row)
         return index.open_image(row)
 
@@ -221,7 +222,7 @@ def test_open_store_is_safe_for_two_at_once(tmp_path: Path) -> None:
 
 def test_open_store_refuses_a_disk_that_is_too_small(tmp_path: Path) -> None:
     """Room is checked before anything is decoded."""
-    section = make_section(write_data(tmp_path / "data"), image_size=10_000_000)
+    section = make_section(write_data(tmp_path / "data")).model_copy(update={"image_size": 10_000_000})
     message = r"^TUNER_CACHE_DIR: must have 3000000.0 GB free for the decoded images, got [\d.]+ GB in .*; set TUNER_CA"
     with pytest.raises(StorageError, match=message):
         open_all(section, forbid_opening(read_image_folder(section)))
@@ -281,7 +282,7 @@ def test_check_room_refuses_a_bad_budget(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_check_room_counts_what_can_be_evicted(tmp_path: Path, cache: Path) -> None:
     """A disk that is full of old features has room for new pixels."""
-    section = make_section(write_data(tmp_path / "data"), image_size=300_000)
+    section = make_section(write_data(tmp_path / "data")).model_copy(update={"image_size": 300_000})
     index = read_image_folder(section)
     with pytest.raises(StorageError, match=r"^TUNER_CACHE_DIR: must have 2700.0 GB free for the decoded images, got"):
         check_room(index, np.arange(10), section, interpolations=["bilinear"])

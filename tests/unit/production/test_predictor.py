@@ -125,7 +125,22 @@ def test_predict_refuses_bombs_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     bomb, pipe = load_example(tmp_path).predict([tmp_path / "bomb.pgm", tmp_path / "pipe.png"])
     assert bomb.error == "must have at most 150 megapixels, got 15000 x 10001 px"
-    assert pipe.error == "not a file"
+    assert pipe.error == "must be a file, got a pipe"
+
+
+def test_predict_survives_names_that_no_disk_takes(tmp_path: Path) -> None:
+    """They are bad files among others, from the command line's paths on."""
+    paths = find_images([tmp_path / ("x" * 256), "a\0b.png"])
+    predictions = load_example(tmp_path).predict(paths)
+    assert [prediction.error for prediction in predictions] == ["File name too long", "embedded null byte"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+def test_predict_survives_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
+    """What is in it can be neither a folder nor a file."""
+    (tmp_path / "closed").mkdir(mode=0)
+    (prediction,) = load_example(tmp_path).predict(find_images([tmp_path / "closed/a.png"]))
+    assert prediction.error == "Permission denied"
 
 
 def test_predict_of_nothing_is_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The model folder: what is written is read again, and what is broken is said."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from tuner.errors import ExportError, ModelError
 from tuner.models.backbone import create_backbone
 from tuner.spec.sections import BackboneSection
-from tuner.training.package import Manifest, read_manifest, read_package, write_package
+from tuner.training.package import Manifest, check_replaceable, read_manifest, read_package, write_package
 
 from .builders import PREPROCESSING, make_params
 
@@ -150,6 +151,22 @@ def test_write_package_says_when_safetensors_cannot_write(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter every folder")
+def test_closed_folders_are_no_model_folders(tmp_path: Path) -> None:
+    """Neither to read from nor to write to: one line, before anything is trained."""
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(ExportError, match=r"must be a model folder with a model\.json, got none"):
+        read_manifest(tmp_path / "closed/model")
+    with pytest.raises(ExportError, match=r"must be a folder that can be written, got: Permission denied$"):
+        check_replaceable(tmp_path / "closed/model")
+
+
+def test_check_replaceable_refuses_a_name_that_no_disk_takes(tmp_path: Path) -> None:
+    """It is said before the training, and not after it."""
+    with pytest.raises(ExportError, match=r"must be a folder that can be written, got: File name too long$"):
+        check_replaceable(tmp_path / ("x" * 256))
+
+
 def test_read_package_wants_a_model_folder(tmp_path: Path) -> None:
     """An empty folder and none at all are told alike."""
     for folder in (tmp_path, tmp_path / "nowhere"):
@@ -194,6 +211,8 @@ def test_read_package_tells_weights_of_another_model(tmp_path: Path) -> None:
         ({"backbone_section": {"kwargs": 3}}, r"ValidationError: "),
         ({"classes": 5}, r"TypeError: "),
         ({"image_size": float("inf")}, r"OverflowError: "),
+        ({"image_size": 2049}, r"ValueError: image_size must lie in \[8, 2048\], got 2049"),
+        ({"image_size": -8}, r"ValueError: image_size must lie in \[8, 2048\], got -8"),
         ({"params": []}, r"[A-Z]\w+Error: "),
         ({"provenance": 5}, r"TypeError: "),
     ],

@@ -1,6 +1,7 @@
 """Pretraining on real digits, and its cache."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tuner.spec.sections import (
 )
 from tuner.spec.space import Choices
 from tuner.training.prepare import prepare_model
-from tuner.training.pretrain import pretrain_backbone
+from tuner.training.pretrain import find_pretrained, pretrain_backbone
 from tuner.trial import EpochResult
 
 from .builders import CPU, make_params
@@ -89,14 +90,37 @@ def test_pretrain_backbone_trains_anew_for_another_recipe(change: dict[str, Any]
     assert epochs
 
 
-def test_pretrain_backbone_trains_anew_when_the_file_is_cut() -> None:
+def flip_bit(data: bytes) -> bytes:
+    """Return bytes of which the last differs in one bit."""
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def cut(data: bytes) -> bytes:
+    """Return bytes without the last ten."""
+    return data[:-10]
+
+
+@pytest.mark.parametrize("damage", [cut, flip_bit])
+def test_pretrain_backbone_trains_anew_when_the_file_is_damaged(damage: Callable[[bytes], bytes]) -> None:
     """A broken cache is rebuilt, to the same bits."""
     path, _ = pretrain(make_spec(epochs=1))
     whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
+    path.write_bytes(damage(whole))
+    assert find_pretrained(NAME, make_spec(epochs=1)) == (path, False)
     again, epochs = pretrain(make_spec(epochs=1))
     assert (again, len(epochs)) == (path, 1)
     assert path.read_bytes() == whole
+    assert find_pretrained(NAME, make_spec(epochs=1)) == (path, True)
+
+
+@pytest.mark.parametrize("log", [None, "", "[]", "{}", '{"sha256": []}'])
+def test_pretrain_backbone_trains_anew_without_a_digest(log: str | None) -> None:
+    """Weights that nothing vouches for are not used."""
+    path, _ = pretrain(make_spec(epochs=1))
+    path.with_suffix(".json").unlink()
+    if log is not None:
+        path.with_suffix(".json").write_text(log)
+    assert find_pretrained(NAME, make_spec(epochs=1)) == (path, False)
 
 
 def test_pretrain_backbone_tells_that_it_diverged() -> None:
