@@ -10,6 +10,7 @@ import argparse
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -26,7 +27,7 @@ N_KILLS = 950
 N_REAL_KILLS = 50
 _SMOKE_KILLS = 2
 _SMOKE_TRIALS = 12
-_FINDINGS = (*KINDS, "used damaged cache", "left process", "wrong end")
+_FINDINGS = (*KINDS, "used damaged cache", "left process", "wrong end", "never resumed")
 
 
 def strike_one(number: int, trainer: Trainer, *, seed: int, n_trials: int, n_kills: int, root: Path) -> Outcome:
@@ -53,7 +54,7 @@ def strike_one(number: int, trainer: Trainer, *, seed: int, n_trials: int, n_kil
 
 def strike_until(trainer: Trainer, *, seed: int, n_kills: int, n_trials: int, n_study_kills: int) -> Outcome:
     """Strike studies, some side by side, until they have taken enough kills."""
-    total, number = Outcome(), 0
+    total, number, begun = Outcome(), 0, time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="faults_"))
     strike = partial(strike_one, trainer=trainer, seed=seed, n_trials=n_trials, n_kills=n_study_kills, root=root)
     with ThreadPoolExecutor(trainer.n_side_by_side) as threads:
@@ -69,6 +70,10 @@ def strike_until(trainer: Trainer, *, seed: int, n_kills: int, n_trials: int, n_
             print(f"{trainer.name}: {total.n_kills} of {n_kills} kills, {_count(total)}", flush=True)
     if not total.findings:
         shutil.rmtree(root, ignore_errors=True)
+    total.seconds = time.monotonic() - begun
+    if trainer.must_resume and total.n_resumed == 0:
+        total.kinds["never resumed"] += 1
+        total.findings.append(f"{trainer.name}: never resumed: no trial of {total.n_studies} studies went on")
     return total
 
 
@@ -106,10 +111,15 @@ def describe_outcomes(outcomes: dict[str, Outcome], _: Mapping[str, Iterable[flo
     return {
         name: {
             "kills": outcome.n_kills,
+            "minutes": round(outcome.seconds / 60, 1),
+            "kills per minute": round(60 * outcome.n_kills / outcome.seconds, 1),
             "faults": dict(sorted(outcome.struck.items())),
             "studies": outcome.n_studies,
             "runs": outcome.n_runs,
             "trials": outcome.n_trials,
+            "trials that went on from a checkpoint": outcome.n_resumed,
+            "runs that gave up after too many losses": outcome.n_given_up,
+            "killed runs started again with nothing left to run": outcome.n_tidied,
             "ends that a torn WAL took back": outcome.n_undone,
             **{kind: outcome.kinds[kind] for kind in _FINDINGS},
             "findings": outcome.findings,

@@ -14,10 +14,21 @@ from benchmarks.faults.stored import FINISHED, StoredStudy, StoredTrial
 
 _EPOCH = re.compile(r"trial (\d+) epoch (\d+) value (\S+)")
 _END = re.compile(r"trial (\d+) ended (\S+) (\S+)")
+_CHECKPOINT = re.compile(r"trial-(\d+)\.pt")
 _LOST_REASONS = ("worker_lost", "stalled", "cohort_lost", "unreadable", "interrupted")
 _PASSING_REASONS = ("worker_lost", "stalled", "cohort_lost", "unreadable")
 _MAX_RETRIES = 2
-KINDS = ("lost", "told twice", "zombie", "corrupt", "wrong value", "wrong count", "retried too often", "half file")
+KINDS = (
+    "lost",
+    "told twice",
+    "zombie",
+    "corrupt",
+    "wrong value",
+    "wrong count",
+    "retried too often",
+    "half file",
+    "left file",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +87,7 @@ class Audit:
         self._trainings: dict[int, list[Training]] = defaultdict(list)
         self._claims: dict[int, End] = {}
         self._finished: dict[int, StoredTrial] = {}
+        self._was_torn = False
         self.n_undone = 0
         """Ends that a torn WAL took back."""
         self.findings: list[Finding] = []
@@ -112,6 +124,7 @@ class Audit:
 
     def accept_loss(self, stored: StoredStudy) -> None:
         """Take back what a torn WAL no longer holds: the last commits may go, and nothing else."""
+        self._was_torn = True
         there = {trial.number: trial for trial in stored.trials if trial.state in FINISHED}
         self.n_undone += len(self._claims.keys() - there.keys())
         self._claims = {number: end for number, end in self._claims.items() if number in there}
@@ -170,16 +183,45 @@ class Audit:
     def check_end(self, stored: StoredStudy) -> None:
         """Check the file of a study that is finished."""
         self.check(stored)
-        for trial in stored.trials:
-            if trial.state not in FINISHED:
-                self._find("zombie", f"trial {trial.number} is {trial.state} after the end")
-        n_counted = sum(trial.state in FINISHED[:2] and "screen" not in trial.attrs for trial in stored.trials)
-        if n_counted != self._n_trials:
-            self._find("wrong count", f"{self._n_trials} trials were asked for, {n_counted} are complete or pruned")
+        self.check_open(stored, may_wait=False)
+        if stored.n_counted != self._n_trials:
+            problem = f"{self._n_trials} trials were asked for, {stored.n_counted} are complete or pruned"
+            self._find("wrong count", problem)
         by_number = {trial.number: trial for trial in stored.trials}
         for trial in stored.trials:
             if (n_retries := _count_retries(trial, by_number)) > _MAX_RETRIES:
                 self._find("retried too often", f"trial {trial.number} is retry {n_retries} of what was lost")
+
+    def check_open(self, stored: StoredStudy, *, may_wait: bool) -> None:
+        """Check that a study with no run under way has nothing running.
+
+        Args:
+            stored: The study.
+            may_wait: Whether its queue may hold anything; else only what a kill interrupted.
+        """
+        by_number = {trial.number: trial for trial in stored.trials}
+        for trial in stored.trials:
+            earlier = by_number.get(trial.attrs.get("retry_of", -1))
+            was_interrupted = earlier is not None and earlier.attrs.get("reason") == "interrupted"
+            may_be_open = trial.state == "WAITING" and (may_wait or was_interrupted)
+            if trial.state not in FINISHED and not may_be_open:
+                self._find("zombie", f"trial {trial.number} is {trial.state} after the end")
+
+    def check_kept(self, stored: StoredStudy, models: Path, checkpoints: Path) -> None:
+        """Check what a study that is finished keeps: the best trial's model, and the checkpoints of what waits.
+
+        After a torn WAL the best trial may be one whose model is gone, since a better one's end was in the file before.
+        """
+        waiting = [trial for trial in stored.trials if trial.state == "WAITING"]
+        origins = {trial.attrs.get("first_attempt", trial.number) for trial in waiting}
+        for path in sorted(checkpoints.rglob("*")):
+            if (match := _CHECKPOINT.fullmatch(path.name)) and int(match[1]) not in origins:
+                self._find("left file", f"the checkpoint {path.name} is left")
+        complete = [trial for trial in stored.trials if trial.state == "COMPLETE"]
+        best = max(complete, key=lambda trial: (trial.values, -trial.number), default=None)
+        kept = sorted(path.name for path in models.glob("*/trial-*"))
+        if best and kept != [f"trial-{best.number}"] and not (self._was_torn and not kept):
+            self._find("left file", f"of the models only trial {best.number}'s must be kept, got {kept}")
 
     def check_files(self, *folders: Path) -> None:
         """Check that nothing half written is left."""

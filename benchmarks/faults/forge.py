@@ -38,6 +38,8 @@ FORGERIES = {
         SELECT number, study_id, state, datetime_complete FROM trials WHERE trial_id = :victim""",
     "zombie: a trial left running": """
         INSERT INTO trials (number, study_id, state) SELECT max(number) + 1, study_id, 'RUNNING' FROM trials""",
+    "zombie: a trial left waiting": """
+        INSERT INTO trials (number, study_id, state) SELECT max(number) + 1, study_id, 'WAITING' FROM trials""",
     "wrong count: a trial too many": """
         INSERT INTO trials (number, study_id, state, datetime_complete)
         SELECT max(number) + 1, study_id, 'PRUNED', 'now' FROM trials""",

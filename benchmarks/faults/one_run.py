@@ -1,6 +1,6 @@
 """One run of a study, as ``tuner run`` does it, with a worker module of the harness and its events as plain lines.
 
-``python -m benchmarks.faults.one_run STUDY_FILE STORAGE_URL WORKER_MODULE``.
+``python -m benchmarks.faults.one_run STUDY_FILE STORAGE_URL WORKER_MODULE [N_TRIALS]``.
 """
 
 import os
@@ -36,12 +36,14 @@ class Lines:
                 print(f"note: {text}", flush=True)
 
 
-def main(study_file: str, url: str, worker_module: str) -> int:
+def main(study_file: str, url: str, worker_module: str, n_trials: str = "") -> int:
     """Run a study to its end; return the exit code that ``tuner run`` has."""
     os.environ[COORDINATOR_VARIABLE] = str(os.getpid())
     print("started", flush=True)
     try:
         spec = load_spec(Path(study_file))
+        if n_trials:
+            spec = spec.model_copy(update={"search": spec.search.model_copy(update={"n_trials": int(n_trials)})})
         status = run_study(spec, storage=url, n_workers=_N_WORKERS, display=Lines(), worker_module=worker_module)
     except TunerError as error:
         print(f"error: {error}", flush=True)

@@ -1,6 +1,7 @@
 """The processes of a study under fault: started, struck, and none of them left."""
 
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -19,6 +20,7 @@ from benchmarks.processes import describe_environment
 
 _GRACE_SECONDS = 8.0
 _FULL_BYTES = 4096
+_RESUMED = re.compile(r"note: trial \d+ goes on after epoch \d+ ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,17 @@ class Place:
 class Run:
     """One run of a study: the coordinator's process, and what it shows."""
 
-    def __init__(self, place: Place, number: int, tickets: tuple[Ticket, ...]) -> None:
+    def __init__(
+        self, place: Place, number: int, tickets: tuple[Ticket, ...] = (), *, n_trials: int | None = None
+    ) -> None:
+        """Start it.
+
+        Args:
+            place: Holds the study.
+            number: Of the run.
+            tickets: Faults for its workers, in the order in which they start.
+            n_trials: Instead of the study file's number.
+        """
         self.place, self.name = place, f"{number:04d}"
         self.lines: list[str] = []
         self.struck: Counter[str] = Counter()
@@ -79,9 +91,10 @@ class Run:
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        url = f"sqlite:///{place.database}"
+        arguments = [str(place.study_file), f"sqlite:///{place.database}", place.worker_module]
+        arguments += [] if n_trials is None else [str(n_trials)]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "benchmarks.faults.one_run", str(place.study_file), url, place.worker_module],
+            [sys.executable, "-P", "-m", "benchmarks.faults.one_run", *arguments],
             cwd=place.folder,
             env=describe_environment(changes),
             stdin=subprocess.DEVNULL,
@@ -108,6 +121,11 @@ class Run:
     def worker_logs(self) -> list[Path]:
         """The logs of its workers."""
         return sorted(self.place.logs.glob(f"{self.name}-worker-*.log"))
+
+    @property
+    def n_resumed(self) -> int:
+        """How many trials went on from a checkpoint, as the run said."""
+        return sum(bool(_RESUMED.match(line)) for line in tuple(self.lines))
 
     def wait_for(self, action: Action) -> None:
         """Wait until an action is due or the run is over."""

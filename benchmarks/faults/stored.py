@@ -44,6 +44,11 @@ class StoredStudy:
     n_ends: dict[int, int]
     """How often each trial's number was given a finished state, as triggers saw it."""
 
+    @property
+    def n_counted(self) -> int:
+        """How many trials count: COMPLETE and PRUNED ones that are not of the screen."""
+        return sum(trial.state in FINISHED[:2] and "screen" not in trial.attrs for trial in self.trials)
+
 
 def add_triggers(database: Path) -> None:
     """Let the database itself remember every state that a trial is given, in the transaction that gives it."""

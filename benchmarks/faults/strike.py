@@ -4,7 +4,7 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,15 @@ from benchmarks.faults.audit import Audit, Finding
 from benchmarks.faults.forge import list_seen
 from benchmarks.faults.processes import Place, Run
 from benchmarks.faults.schedule import Damage, RunFaults, draw_faults
-from benchmarks.faults.stored import add_triggers, copied, read_stored
+from benchmarks.faults.stored import StoredStudy, add_triggers, copied, read_stored
 from tuner.errors import EXIT_SIGTERM, SearchError
 
 _LIMIT_SECONDS = 300.0
 _MAX_RUNS = 60
+_N_LOSSES = 3
+"""Idle workers that a run must lose in a row before it may give up."""
+_N_FAILED = 5
+"""Trials that must fail in a row before it may."""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +36,13 @@ class Outcome:
     n_trials: int = 0
     """COMPLETE, PRUNED and FAIL."""
     n_undone: int = 0
+    n_resumed: int = 0
+    """Trials that went on from a checkpoint."""
+    n_given_up: int = 0
+    """Runs that ended by themselves after too many losses, and said so."""
+    n_tidied: int = 0
+    """Killed runs that were started again with so few trials that nothing was left to run."""
+    seconds: float = 0.0
     findings: list[str] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     """Findings by kind."""
@@ -50,6 +61,10 @@ class Outcome:
         self.n_runs += other.n_runs
         self.n_trials += other.n_trials
         self.n_undone += other.n_undone
+        self.n_resumed += other.n_resumed
+        self.n_given_up += other.n_given_up
+        self.n_tidied += other.n_tidied
+        self.seconds += other.seconds
         self.findings += other.findings
         self.kinds += other.kinds
         self.seen += other.seen
@@ -71,6 +86,7 @@ def strike_study(
     while study.outcome.n_kills < max_kills and study.outcome.n_runs < _MAX_RUNS:
         if study.run(draw_faults(source, slowness=slowness)):
             break
+        study.run_with_fewer_trials()
     else:
         study.run(RunFaults(tickets=(), actions=(), damage="none"))
     return study.conclude()
@@ -96,11 +112,7 @@ class Study:
             run.strike(action, self._source.randrange(100))
         if not faults.actions:
             self._add_triggers()
-        n_left = run.end(_LIMIT_SECONDS)
-        self.outcome.n_runs += 1
-        self.outcome.struck += run.struck
-        if n_left:
-            self._find("left process", f"{n_left} in run {run.name}")
+        self._end(run)
         self._check_exit(run)
         self.check_damaged(run.worker_logs)
         self._audit.hear(run.worker_logs, run.lines)
@@ -109,6 +121,32 @@ class Study:
         if not self._is_over:
             self.damage(faults.damage)
         return self._is_over
+
+    def _end(self, run: Run) -> None:
+        n_left = run.end(_LIMIT_SECONDS)
+        self.outcome.n_runs += 1
+        self.outcome.struck += run.struck
+        self.outcome.n_resumed += run.n_resumed
+        if n_left:
+            self._find("left process", f"{n_left} in run {run.name}")
+
+    def run_with_fewer_trials(self) -> None:
+        """Once after a kill that left a trial running, run for as many trials as there are: all is only tidied up."""
+        with copied(self._place.database) as copy:
+            stored = read_stored(copy)
+        states = {trial.state for trial in stored.trials}
+        if self.outcome.n_tidied or not {"RUNNING", "COMPLETE"} <= states or stored.n_counted == 0:
+            return
+        run = Run(self._place, self.outcome.n_runs, n_trials=stored.n_counted)
+        self._end(run)
+        self.outcome.n_tidied += 1
+        if run.process.returncode != 0 or run.worker_logs:
+            self._find("wrong end", f"exit code {run.process.returncode} in run {run.name}: {run.lines[-12:]}")
+        with copied(self._place.database) as copy:
+            stored = read_stored(copy)
+        self._audit.check(stored)
+        self._audit.check_open(stored, may_wait=True)
+        self._check_files(stored)
 
     def _add_triggers(self) -> None:
         """Let the database keep a history, as soon as it is there."""
@@ -129,10 +167,9 @@ class Study:
             allowed.add(-signal.SIGKILL)
         if struck["SIGTERM"]:
             allowed |= {EXIT_SIGTERM, -signal.SIGTERM}
-        # The scout, three idle workers, or five trials in a row; a busy machine may keep workers silent as well.
-        if any("worker" in kind for kind in struck) or any("said nothing for" in line for line in run.lines):
-            allowed.add(SearchError.exit_code)
-        if code not in allowed:
+        if code == SearchError.exit_code and may_give_up(run.lines, struck):
+            self.outcome.n_given_up += 1
+        elif code not in allowed:
             self._find("wrong end", f"exit code {code} in run {run.name} after {dict(struck)}: {run.lines[-12:]}")
 
     def damage(self, damage: Damage) -> None:
@@ -171,10 +208,7 @@ class Study:
             self._find("wrong end", f"not finished after {self.outcome.n_runs} runs")
         stored = read_stored(self._place.database)
         self._audit.check_end(stored)
-        beside = self._place.database.name
-        self._audit.check_files(
-            *(self._place.folder / name for name in (f"{beside}.models", f"{beside}.checkpoints", "cache"))
-        )
+        self._check_files(stored)
         self.outcome.n_trials = len(stored.trials)
         self.outcome.n_undone = self._audit.n_undone
         for finding in self._audit.findings:
@@ -183,12 +217,35 @@ class Study:
             self.outcome.seen.update(list_seen(self._audit, self._place.database))
         return self.outcome
 
+    def _check_files(self, stored: StoredStudy) -> None:
+        database = self._place.database
+        models, checkpoints = (database.with_name(f"{database.name}.{what}") for what in ("models", "checkpoints"))
+        self._audit.check_kept(stored, models, checkpoints)
+        self._audit.check_files(models, checkpoints, self._place.cache)
+
     def _find(self, kind: str, text: str) -> None:
         self._keep(Finding(kind=kind, text=text))
 
     def _keep(self, finding: Finding) -> None:
         self.outcome.kinds[finding.kind] += 1
         self.outcome.findings.append(f"{self._place.folder.name}: {finding.kind}: {finding.text}"[:2000])
+
+
+def may_give_up(lines: Sequence[str], struck: Mapping[str, int]) -> bool:
+    """Whether a run that ended as hopeless says so, and for a reason that it had.
+
+    Args:
+        lines: What it printed.
+        struck: Faults by kind.
+    """
+    last = next((line for line in reversed(lines) if line.startswith("error: ")), "")
+    if last.startswith("error: workers: must be able to start and prepare the study"):
+        n_lost = sum(count for kind, count in struck.items() if "worker" in kind)
+        # A busy machine may keep workers silent for longer than they may be, without any fault.
+        return n_lost >= _N_LOSSES or any("said nothing for" in line for line in lines)
+    if "trials failed in a row" in last:
+        return sum(" ended FAIL" in line for line in lines) >= _N_FAILED
+    return False
 
 
 def _tear(wal: Path, size: int, source: random.Random) -> None:

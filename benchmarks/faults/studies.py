@@ -25,6 +25,8 @@ class Trainer:
     epochs: int
     n_side_by_side: int
     """Studies that run at the same time."""
+    must_resume: bool = False
+    """Whether a round in which no trial goes on from a checkpoint is a finding; not where one may have two kills."""
 
 
 TORCH_FREE = Trainer(
@@ -48,6 +50,7 @@ REAL = Trainer(
     backbones=("tuner:small_cnn",),
     epochs=4,
     n_side_by_side=2,
+    must_resume=True,
 )
 
 
@@ -76,5 +79,6 @@ def _draw_tables(trainer: Trainer, source: random.Random, n_trials: int) -> dict
             "n_trials": n_trials,
             "screen": source.choice((0, 0, 3)),
         },
-        "workers": {"devices": "cpu", "stall_limit": trainer.stall_limit, "checkpoint_every": "1s"},
+        # After every epoch: all of a trial takes less than a second.
+        "workers": {"devices": "cpu", "stall_limit": trainer.stall_limit, "checkpoint_every": "0.001s"},
     }

@@ -20,6 +20,7 @@ from tuner.service.messages import (
     Description,
     EpochDone,
     Hello,
+    Note,
     Prepare,
     Prepared,
     Setup,
@@ -84,6 +85,8 @@ def _train(line: Line, request: Train) -> None:
     verdict = Verdict()
     n_epochs = request.members[0][1].epochs
     saved = _read_checkpoint(request)
+    if saved:
+        line.send(Note(text=f"trial {request.members[0][0]} goes on after epoch {len(saved)} of an earlier attempt"))
     for epoch in range(1, n_epochs + 1):
         if not running:
             return

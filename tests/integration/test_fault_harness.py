@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cases.faults import strike_until
 from benchmarks.faults.audit import Audit, End, read_end, read_worker_log
 from benchmarks.faults.forge import FORGERIES, audit_forged, make_sound
 from benchmarks.faults.schedule import Action, RunFaults, draw_faults
 from benchmarks.faults.stored import copied, read_stored
-from benchmarks.faults.strike import Study
-from benchmarks.faults.studies import TORCH_FREE, make_place
+from benchmarks.faults.strike import Study, may_give_up
+from benchmarks.faults.studies import REAL, TORCH_FREE, make_place
 from benchmarks.faults.worker_log import Ticket
 
 
@@ -85,6 +86,63 @@ def test_audit_counts_retries_and_half_written_files(tmp_path: Path) -> None:
     assert {finding.kind for finding in audit.findings} == {"retried too often", "half file", "told twice"}
 
 
+def test_audit_lets_only_what_a_kill_interrupted_wait(tmp_path: Path) -> None:
+    """Its retry is what the study would go on with; in the middle of a study the queue may hold anything."""
+    database, logs, shown = make_sound(tmp_path, [(0.5, 0.6)] * 2)
+    strike(database, "UPDATE trials SET state = 'WAITING', datetime_complete = NULL WHERE number = 1")
+    strike(database, "INSERT INTO trial_user_attributes VALUES (2, 'retry_of', '0')")
+    found = []
+    for reason in ('"interrupted"', '"worker_lost"'):
+        strike(database, "DELETE FROM trial_user_attributes WHERE key = 'reason'")
+        strike(database, "INSERT INTO trial_user_attributes VALUES (1, 'reason', ?)", reason)
+        for may_wait in (True, False):
+            audit = Audit(n_trials=1)
+            audit.hear(logs, shown[:1])
+            audit.check_open(read_stored(database), may_wait=may_wait)
+            found.append([finding.kind for finding in audit.findings])
+    assert found == [[], [], [], ["zombie"]]
+
+
+def test_audit_finds_checkpoints_and_models_that_should_be_gone(tmp_path: Path) -> None:
+    """Of a finished study the best trial's model stays, and what its waiting trials would go on from."""
+    audit, database = make_audit(tmp_path)
+    models, checkpoints = tmp_path / "models", tmp_path / "checkpoints"
+    (models / "struck" / "trial-2").mkdir(parents=True)
+    (checkpoints / "struck").mkdir(parents=True)
+    audit.check_kept(read_stored(database), models, checkpoints)
+    assert audit.findings == []
+    (models / "struck" / "trial-1").mkdir()
+    (checkpoints / "struck" / "trial-0.pt").touch()
+    audit.check_kept(read_stored(database), models, checkpoints)
+    assert [finding.text for finding in audit.findings] == [
+        "the checkpoint trial-0.pt is left",
+        "of the models only trial 2's must be kept, got ['trial-1', 'trial-2']",
+    ]
+    strike(database, "INSERT INTO trials (number, study_id, state) VALUES (3, 1, 'WAITING')")
+    strike(database, "INSERT INTO trial_user_attributes VALUES (4, 'first_attempt', '0')")
+    (models / "struck" / "trial-1").rmdir()
+    waiting, _ = make_audit(make_folder(tmp_path / "again"))
+    waiting.check_kept(read_stored(database), models, checkpoints)
+    assert waiting.findings == []
+
+
+def test_audit_misses_the_best_trials_model(tmp_path: Path) -> None:
+    """Unless a torn WAL made an older trial the best again, whose model was removed when it was not."""
+    audit, database = make_audit(tmp_path)
+    audit.check_kept(read_stored(database), tmp_path / "models", tmp_path / "checkpoints")
+    assert [finding.kind for finding in audit.findings] == ["left file"]
+    torn, _ = make_audit(make_folder(tmp_path / "torn"))
+    torn.accept_loss(read_stored(database))
+    torn.check_kept(read_stored(database), tmp_path / "models", tmp_path / "checkpoints")
+    assert torn.findings == []
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and return it."""
+    folder.mkdir()
+    return folder
+
+
 def test_audit_reads_a_copy_and_leaves_the_wal_of_a_killed_process(tmp_path: Path) -> None:
     """The next run is to find it as the kill left it."""
     database, *_ = make_sound(tmp_path)
@@ -131,6 +189,33 @@ def test_study_notices_pixels_that_were_used_though_damaged(tmp_path: Path) -> N
     assert found == [0, 1]
 
 
+LOST = "error: workers: must be able to start and prepare the study, but worker 3 was killed by signal 9"
+IN_A_ROW = "error: study 'struck': 5 trials failed in a row; the last one: worker 3 was killed"
+
+
+@pytest.mark.parametrize(
+    ("lines", "struck", "may"),
+    [
+        ([LOST], {"kill worker": 2, "kill worker after a message": 1}, True),
+        ([LOST], {"kill worker": 2, "lock": 4}, False),
+        (["note: worker 2 said nothing for 5 s", LOST], {}, True),
+        ([*[f"trial {number} ended FAIL -" for number in range(5)], IN_A_ROW], {"kill worker": 1}, True),
+        ([*[f"trial {number} ended FAIL -" for number in range(4)], IN_A_ROW], {"kill worker": 9}, False),
+        (["error: study 'struck': at least one trial must complete"], {"kill worker": 9}, False),
+        (["trial 4 ended FAIL -"], {"kill worker": 9}, False),
+    ],
+)
+def test_run_may_give_up_only_for_a_reason_that_it_had(lines: list[str], struck: dict[str, int], *, may: bool) -> None:
+    """A run that dies of one worker's death is a finding."""
+    assert may_give_up(lines, struck) is may
+
+
+def test_real_round_that_never_resumed_is_a_finding() -> None:
+    """Kills that meet no checkpoint show nothing of checkpoints; a round of no kills is the shortest of these."""
+    assert strike_until(REAL, seed=0, n_kills=0, n_trials=1, n_study_kills=1).kinds == {"never resumed": 1}
+    assert strike_until(TORCH_FREE, seed=0, n_kills=0, n_trials=1, n_study_kills=1).kinds == {}
+
+
 def test_schedule_is_its_seed() -> None:
     """A finding can be struck again."""
     first, again, other = (draw_faults(random.Random(seed)) for seed in (1, 1, 2))  # noqa: S311 - no secret
@@ -150,8 +235,12 @@ def test_study_struck_by_a_seeded_schedule_loses_nothing(tmp_path: Path) -> None
     last = Action(kind="kill both", phase="trials", delay=2.0)
     assert not study.run(RunFaults(tickets=tickets, actions=(last,), damage="WAL with garbage behind it"))
     assert study.run(RunFaults(tickets=(), actions=(), damage="none"))
+    running = "INSERT INTO trials (number, study_id, state) SELECT max(number) + 1, 1, 'RUNNING' FROM trials"
+    strike(tmp_path / "study" / "studies.db", running)  # as a kill after the last trial that counts may leave it
+    study.run_with_fewer_trials()
     outcome = study.conclude()
     assert outcome.findings == []
     assert outcome.n_kills >= 2
+    assert outcome.n_tidied == 1
     assert outcome.struck["WAL with garbage behind it"] == 1
     assert set(outcome.seen) == set(FORGERIES)

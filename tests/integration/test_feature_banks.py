@@ -175,13 +175,17 @@ def test_pretrained_weights_that_have_gone_are_made_again(tmp_path: Path) -> Non
 
 def test_images_are_decoded_with_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else happens meanwhile: the other workers wait for them."""
-    n_decoding = 0
+
+    def count_threads() -> int:
+        return sum("ThreadPool" in thread.name for thread in threading.enumerate())
+
+    n_before, n_decoding = count_threads(), 0
 
     class Watcher(Desk):
         def send(self, reply: Reply) -> None:
             nonlocal n_decoding
             super().send(reply)
-            n_decoding = max(n_decoding, sum("ThreadPool" in thread.name for thread in threading.enumerate()))
+            n_decoding = max(n_decoding, count_threads() - n_before)
 
     monkeypatch.setattr(training_session, "_PROGRESS_SECONDS", -1)
     monkeypatch.setattr(training_session, "usable_cores", lambda: 3)

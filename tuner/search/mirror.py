@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import sqlalchemy
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.study import StudyDirection
@@ -18,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import StorageError
 from tuner.search.patience import Patience
+from tuner.search.storage_errors import explain_failures
 from tuner.search.trial_rows import TrialRows
 
 
@@ -34,6 +36,7 @@ class MirrorStorage(BaseStorage):
         self._patience = patience
         self._path = Path(storage.engine.url.database or "")
         self._file = _identify(self._path)
+        self._wal_path = Path(f"{self._path.resolve()}-wal")
         self._study_id = storage.get_study_id_from_name(study_name)
         self._memory = InMemoryStorage()
         self._memory_id = self._memory.create_new_study(storage.get_study_directions(self._study_id), study_name)
@@ -47,6 +50,8 @@ class MirrorStorage(BaseStorage):
         for trial in trials:
             self._distributions = trial.distributions | self._distributions
             self._memory.create_new_trial(self._memory_id, trial)
+        self._wal = _identify(self._wal_path)  # it is there since the first read
+        sqlalchemy.event.listen(storage.engine, "close", self._forget_wal)
 
     def flush(self) -> None:
         """Write what happened to trials since the last flush, in one transaction; if that fails, the next one has it.
@@ -54,13 +59,19 @@ class MirrorStorage(BaseStorage):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: If the database cannot be written, and there is no patience.
             StorageError: If it cannot be written for longer than the patience; if another program deleted the study,
-                added trials to it, or put another file in the database's place.
+                added trials to it, or put another file in the place of the database or its WAL.
         """
         self._keep_trying(self._write)
 
     def _write(self) -> None:
-        self._check_file()
+        self._check_files()
         self._rows.write(self._storage.engine)
+        if self._wal is None:
+            self._wal = _identify(self._wal_path)
+
+    def _forget_wal(self, *_: object) -> None:
+        """Take the next WAL for ours: SQLite itself removes one with the last connection, and only then."""
+        self._wal = None
 
     def _keep_trying(self, action: Callable[[], None]) -> None:
         if self._patience is None:
@@ -68,16 +79,20 @@ class MirrorStorage(BaseStorage):
         else:
             self._patience.keep_trying(action)
 
-    def _check_file(self) -> None:
-        """Refuse to write a file that is no longer the one at the database's path: nobody would find it."""
-        if _identify(self._path) == self._file:
+    def _check_files(self) -> None:
+        """Refuse to write files that are no longer those at the paths of database and WAL: nobody would find them."""
+        if _identify(self._path) != self._file:
+            lost, advice = self._path, "put it back"
+        elif self._wal is not None and _identify(self._wal_path) != self._wal:
+            lost, advice = self._wal_path, "end what else uses it"
+        else:
             return
         with self._storage.engine.connect() as connection:
-            # What is left in our WAL would flow into the file that took the place of ours.
+            # What is left in our WAL would flow into the file that took the place of ours, or be lost with a kill.
             connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
         raise StorageError(
-            f"storage: the database of a run must stay in its place, got {self._path} removed or replaced; "
-            "put it back, then run the same command again"
+            f"storage: the database of a run must stay in its place, got {lost} removed or replaced; "
+            f"{advice}, then run the same command again"
         )
 
     # --- the study: passed through ---
@@ -216,9 +231,14 @@ class MirrorStorage(BaseStorage):
 
 
 def _identify(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from another one at its path; None if there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
+    """Return what tells a file from another one at its path; None if there is none.
+
+    Raises:
+        StorageError: If the file system does not say.
+    """
+    with explain_failures(path):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     return status.st_dev, status.st_ino

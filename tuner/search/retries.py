@@ -4,10 +4,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, Trial
 
-from tuner.search.screening import DEEPER_ATTR, SCREEN_ATTR
+from tuner.search.screening import DEEPER_ATTR
+from tuner.search.trial_attrs import ATTEMPT_ATTR, MAX_RETRIES, SCREEN_ATTR
 
 _FIRST_ATTR = "first_attempt"
-_MAX_RETRIES = 2
 
 
 def find_origin(trial: Trial | FrozenTrial) -> int:
@@ -17,7 +17,7 @@ def find_origin(trial: Trial | FrozenTrial) -> int:
 
 def count_attempts(trial: Trial | FrozenTrial) -> int:
     """Return how often a trial's point was lost with its worker, its cohort or its files before."""
-    return int(trial.user_attrs.get("attempt", 0))
+    return int(trial.user_attrs.get(ATTEMPT_ATTR, 0))
 
 
 def describe_retry(trial: FrozenTrial, *, is_suspect: bool) -> dict[str, Any] | None:
@@ -28,8 +28,8 @@ def describe_retry(trial: FrozenTrial, *, is_suspect: bool) -> dict[str, Any] | 
         is_suspect: Whether the point itself may be at fault. Such a one is tried again twice at most.
     """
     n_attempts = count_attempts(trial)
-    if not trial.params or (is_suspect and n_attempts >= _MAX_RETRIES):
+    if not trial.params or (is_suspect and n_attempts >= MAX_RETRIES):
         return None
     purpose = {key: value for key, value in trial.user_attrs.items() if key in {SCREEN_ATTR, DEEPER_ATTR}}
-    history = {_FIRST_ATTR: find_origin(trial), "retry_of": trial.number, "attempt": n_attempts + is_suspect}
+    history = {_FIRST_ATTR: find_origin(trial), "retry_of": trial.number, ATTEMPT_ATTR: n_attempts + is_suspect}
     return purpose | history

@@ -18,10 +18,9 @@ from optuna.trial import TrialState as OptunaState
 
 from tuner.search.distributions import SANE_LR, Point, list_values, project_value
 from tuner.search.samplers import derive_seed, make_sampler
+from tuner.search.trial_attrs import SCREEN_ATTR, is_given_up
 from tuner.spec.sections import StudySpec
 
-SCREEN_ATTR = "screen"
-"""User attribute of a screen trial: its backbone and its number among the screen trials of that backbone, from 0."""
 DEEPER_ATTR = "after_screen"
 """User attribute of a trial that the screen proposed: its backbone and its level of unfrozen layers."""
 N_KEPT_MIN = 3
@@ -96,11 +95,11 @@ def _draw(distributions: Mapping[str, BaseDistribution], n_points: int, seed: in
 
 
 def find_missing(queued: Iterable[QueuedPoint], trials: Sequence[FrozenTrial]) -> list[QueuedPoint]:
-    """Return which points no trial stands for: neither finished nor waiting nor running.
+    """Return which points no trial stands for: neither finished nor given up nor waiting nor running.
 
-    A failed trial stands for none; one that was told PRUNED does, since a point that cannot be trained stays so.
+    One that was told PRUNED stands for its point too, since a point that cannot be trained stays so.
     """
-    kept = [trial.user_attrs for trial in trials if trial.state != OptunaState.FAIL]
+    kept = [trial.user_attrs for trial in trials if trial.state != OptunaState.FAIL or is_given_up(trial)]
     return [each for each in queued if not any(attrs.items() >= each.attrs.items() for attrs in kept)]
 
 

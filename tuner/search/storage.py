@@ -21,7 +21,7 @@ from sqlalchemy.engine import make_url
 
 from tuner.errors import StorageError
 from tuner.search.patience import ATTEMPT_SECONDS, Patience
-from tuner.search.storage_errors import explain_failures
+from tuner.search.storage_errors import explain_database_failures, explain_failures
 from tuner.search.urls import mask_secrets
 
 DEFAULT_URL = "sqlite:///studies.db"
@@ -52,7 +52,20 @@ def find_database(url: str) -> Path:
         raise StorageError(f"{expected}, got {shown}, which keeps nothing")
     if parsed.username or parsed.password or parsed.host or parsed.query:  # they would be stored and printed
         raise StorageError(f"{expected}, without user, host or options, got {shown}")
-    return Path(parsed.database).absolute()
+    with explain_failures(Path(parsed.database)):  # the working directory may be gone
+        path = Path(parsed.database).absolute()
+    if not _is_writable_name(str(path)):
+        raise StorageError(f"{expected}, of a path in UTF-8 and without NUL, got {shown}")
+    return path
+
+
+def _is_writable_name(path: str) -> bool:
+    """Whether a path is text that a URL can hold, and that names a file."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in path
 
 
 def open_storage(url: str, *, create: bool = False, busy_seconds: float = _BUSY_SECONDS) -> RDBStorage:
@@ -69,7 +82,8 @@ def open_storage(url: str, *, create: bool = False, busy_seconds: float = _BUSY_
     """
     path = find_database(url)
     if create:
-        _prepare_file(path, busy_seconds)
+        with explain_failures(path):
+            _prepare_file(path, busy_seconds)
     else:
         check_owner(path, busy_seconds)
     storage = _connect(path, create=create, busy_seconds=busy_seconds)
@@ -106,7 +120,7 @@ def use_storage(
     else:
         storage = patience.keep_trying(lambda: open_storage(url, create=create, busy_seconds=ATTEMPT_SECONDS))
     try:
-        with explain_failures(find_database(url)):
+        with explain_database_failures(find_database(url)):  # the block may have other files to do with
             yield storage
     finally:
         storage.remove_session()
@@ -180,7 +194,9 @@ def check_owner(path: Path, busy_seconds: float = _BUSY_SECONDS) -> None:
     Raises:
         StorageError: If it is one of these.
     """
-    if not path.exists():
+    with explain_failures(path):  # Python 3.11 raises for a folder out of reach, and for a name that is too long
+        is_there = path.exists()
+    if not is_there:
         raise StorageError(f"storage: no database at {path}; 'tuner run STUDY_FILE' makes one, --storage names another")
     with _sqlite(path, busy_seconds) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -203,13 +219,32 @@ def files_folder(url: str) -> Path:
     return path.with_name(f"{path.name}.models")
 
 
+def refuse_links(folder: Path, what: str) -> None:
+    """Check that no link stands in the place of a study's folder, or of the one around it that all studies share.
+
+    Args:
+        folder: The study's; it need not exist.
+        what: What it holds, in a word.
+
+    Raises:
+        StorageError: If there is a link: files would be written and removed who knows where.
+    """
+    with explain_failures(folder):
+        for each in (folder.parent, folder):
+            if each.is_symlink():
+                raise StorageError(f"storage: must keep its {what} in a folder, got the link '{each}'; remove it")
+
+
 def study_slug(name: str) -> str:
-    """Return a file name for a study: its readable characters, and a hash where that is not the whole name."""
+    """Return a file name for a study: its readable characters, and a hash where that is not the whole name.
+
+    No two studies share one, also on a disk that knows no upper case or that composes letters.
+    """
+    # A name that looks like another one's slug gets a hash as well.
+    if re.fullmatch(r"[a-z0-9_-]{1,60}", name) and not re.search(r"-[0-9a-f]{8}$", name):
+        return name
     readable = "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:60]
     readable = readable.encode()[:_SLUG_BYTES].decode(errors="ignore")  # a file name has 255 bytes, not characters
-    # A name that looks like another one's slug gets a hash as well.
-    if readable == name and not re.search(r"-[0-9a-f]{8}$", name):
-        return name
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
@@ -225,14 +260,16 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
         Whether the lock was free.
 
     Raises:
-        StorageError: If the file cannot be made.
+        StorageError: If the file cannot be made, or its disk keeps no locks.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise StorageError(f"storage: must lie in a writable folder, got {path}: {error.strerror}") from error
     try:
-        yield _try_lock(descriptor, wait=wait)
+        with explain_failures(path):
+            is_free = _try_lock(descriptor, wait=wait)
+        yield is_free
     finally:
         os.close(descriptor)
 
@@ -247,11 +284,14 @@ def _try_lock(descriptor: int, *, wait: bool) -> bool:
 
 def schema_lock_path(url: str) -> Path:
     """Return the lock that is held while a database is made."""
-    path = find_database(url).resolve()
-    return path.with_name(f"{path.name}.lock")
+    return Path(f"{_find_real(url)}.lock")
 
 
 def study_lock_path(url: str, study_name: str) -> Path:
     """Return the lock that is held while a study runs, the same one through every link to the database."""
-    path = find_database(url).resolve()
-    return path.with_name(f"{path.name}.{study_slug(study_name)}.lock")
+    return Path(f"{_find_real(url)}.{study_slug(study_name)}.lock")
+
+
+def _find_real(url: str) -> str:
+    """Return where the links to a database lead; ``Path.resolve`` would raise for those that lead in a circle."""
+    return os.path.realpath(find_database(url))

@@ -1,5 +1,6 @@
-"""What SQLite says when it fails, in words for the user, and whether it may pass."""
+"""What SQLite and the file system say when they fail, in words for the user, and whether it may pass."""
 
+import errno
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +22,43 @@ _WORDS = {
 }
 """By SQLite's primary result code: what must hold, and what to do."""
 _PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+_PASSING_NUMBERS = {
+    errno.EAGAIN,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ENOLCK,
+    errno.ENOSPC,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+"""Of what the file system says."""
 
 
 @contextmanager
 def explain_failures(path: Path) -> Iterator[None]:
-    """Turn what SQLite, SQLAlchemy and Optuna raise in a block about a database into one line.
+    """Turn what goes wrong in a block that works on a database, or on the files beside it, into one line.
 
     Raises:
         StorageBusyError: If the same may work soon: a lock, a full disk, a disk that failed once.
         StorageError: If it will not.
+    """
+    try:
+        with explain_database_failures(path):
+            yield
+    except OSError as error:
+        kind = StorageBusyError if error.errno in _PASSING_NUMBERS else StorageError
+        raise kind(
+            f"storage: must lie where it can be read and written, got {path}: {error.strerror or error}; "
+            f"see to its folder and disk, or choose another with --storage, {_AGAIN}"
+        ) from error
+
+
+@contextmanager
+def explain_database_failures(path: Path) -> Iterator[None]:
+    """Do the same for what SQLite, SQLAlchemy and Optuna raise, in a block that has other files to do with as well.
+
+    Raises:
+        StorageBusyError, StorageError: As ``explain_failures``.
     """
     try:
         yield

@@ -5,15 +5,22 @@ from collections import Counter
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
-from tuner.search.screening import is_screen
 from tuner.trial import ClassReport, EpochResult, Reason, TrialOutcome, Usage
 
 PARAMS_ATTR = "params_resolved"
 LAYERS_ATTR = "unfrozen_layers_resolved"
 EPOCHS_ATTR = "epochs"
 REASON_ATTR = "reason"
+ATTEMPT_ATTR = "attempt"
+"""How often the point was lost before, for a reason that may pass."""
+MAX_RETRIES = 2
+"""Of a point that was lost so."""
+SCREEN_ATTR = "screen"
+"""Of a screen trial alone: its backbone and its number among the screen trials of that backbone, from 0."""
+_PASSING = tuple(reason.value for reason in Reason if reason.may_pass)
 _MAX_MATRIX_CLASSES = 100
 """Of more classes a whole matrix per trial would slow down every reader of the database."""
 
@@ -61,10 +68,24 @@ def _describe_report(report: ClassReport) -> dict[str, Any]:
     return described
 
 
+def is_given_up(trial: FrozenTrial) -> bool:
+    """Whether a failed trial's point is not tried again: an error repeats itself, and a loss is retried twice at most.
+
+    One that was interrupted is tried again, and so is one that another program told without a reason.
+    """
+    reason = trial.user_attrs.get(REASON_ATTR)
+    if reason in _PASSING:
+        return int(trial.user_attrs.get(ATTEMPT_ATTR, 0)) >= MAX_RETRIES
+    return reason not in (None, Reason.INTERRUPTED.value)
+
+
 def count_reasons(study: optuna.Study) -> Counter[tuple[str, str]]:
-    """Return how many PRUNED and FAIL trials there are by state and reason, those of the screen left out."""
+    """Return how many PRUNED and FAIL trials there are by state and reason; those of the screen as ``screen FAIL``."""
     return Counter(
-        (trial.state.name, trial.user_attrs.get(REASON_ATTR, Reason.INTERRUPTED.value))
+        (
+            f"screen {trial.state.name}" if SCREEN_ATTR in trial.user_attrs else trial.state.name,
+            trial.user_attrs.get(REASON_ATTR, Reason.INTERRUPTED.value),
+        )
         for trial in study.get_trials(deepcopy=False)
-        if trial.state in {OptunaState.PRUNED, OptunaState.FAIL} and not is_screen(trial)
+        if trial.state in {OptunaState.PRUNED, OptunaState.FAIL}
     )

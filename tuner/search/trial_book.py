@@ -20,7 +20,6 @@ from tuner.search.retries import count_attempts, describe_retry, find_origin
 from tuner.search.samplers import derive_seed
 from tuner.search.screening import (
     DEEPER_ATTR,
-    SCREEN_ATTR,
     choose_deeper,
     find_missing,
     is_counted,
@@ -28,7 +27,7 @@ from tuner.search.screening import (
     list_screen_points,
 )
 from tuner.search.studies import StoredStudy, find_best
-from tuner.search.trial_attrs import LAYERS_ATTR, PARAMS_ATTR, REASON_ATTR, describe_end
+from tuner.search.trial_attrs import LAYERS_ATTR, PARAMS_ATTR, REASON_ATTR, SCREEN_ATTR, describe_end
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState, Usage
 
 _CONSTRAINTS_KEY = "constraints"

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tuner.errors import StorageError
-from tuner.search.storage import find_database, study_slug
+from tuner.search.storage import find_database, refuse_links, study_slug
 
 _FILE = re.compile(r"\.?trial-(\d+)\.pt(\.\d+\.tmp)?")
 """A checkpoint, or what a killed worker left half written."""
@@ -36,11 +35,10 @@ def remove_checkpoints(url: str, study_name: str, *, keep: Iterable[int] = ()) -
         keep: Their origins (``TrialBook.open_origins``). Nothing else may be training.
 
     Raises:
-        StorageError: If a link stands in the folder's place: files would be written and removed who knows where.
+        StorageError: If a link stands in the folder's place.
     """
     folder, kept = _folder(url, study_name), set(keep)
-    if folder.is_symlink():
-        raise StorageError(f"storage: must keep its checkpoints in a folder, got the link '{folder}'; remove it")
+    refuse_links(folder, "checkpoints")
     with suppress(
         OSError
     ):  # what cannot be removed now is tried again when the next trial ends, or the next run starts

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tuner.errors import StorageError
-from tuner.search.storage import files_folder, study_slug
+from tuner.search.storage import files_folder, refuse_links, study_slug
+from tuner.search.storage_errors import explain_failures
 
 _MODEL = re.compile(r"trial-\d+")
 
@@ -26,14 +26,19 @@ def remove_models(url: str, study_name: str, *, keep: Iterable[int] = ()) -> Non
     """Remove a study's kept models, but for those of some trials and those that a worker is writing.
 
     What else lies there stays, and no link is followed.
+
+    Raises:
+        StorageError: If a link stands in the folder's place, or it cannot be read.
     """
     folder = models_folder(url, study_name)
     spared = {f"trial-{number}" for number in keep}
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for model in folder.iterdir():
-        if model.name not in spared and _MODEL.fullmatch(model.name):
-            _remove(model)
+    refuse_links(folder, "models")
+    with explain_failures(folder):
+        if not folder.is_dir():
+            return
+        for model in list(folder.iterdir()):
+            if model.name not in spared and _MODEL.fullmatch(model.name):
+                _remove(model)
     if not spared:
         with suppress(OSError):  # something else is in it
             folder.rmdir()
@@ -43,14 +48,14 @@ def remove_halves(url: str, study_name: str) -> None:
     """Remove what killed workers left half written. Only while no run of the study is under way.
 
     Raises:
-        StorageError: If a link stands in the folder's place: models would be written to who knows where.
+        StorageError: If a link stands in the folder's place, or it cannot be read.
     """
     folder = models_folder(url, study_name)
-    if folder.is_symlink():
-        raise StorageError(f"storage: must keep its models in a folder, got the link '{folder}'; remove it")
-    if folder.is_dir():
-        for half in folder.glob(".trial-*"):
-            _remove(half)
+    refuse_links(folder, "models")
+    with explain_failures(folder):
+        if folder.is_dir():
+            for half in list(folder.glob(".trial-*")):
+                _remove(half)
 
 
 def _remove(path: Path) -> None:

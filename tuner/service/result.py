@@ -125,7 +125,8 @@ def describe_status(status: StudyStatus) -> str:
         + (f", {counts['WAITING']} queued" if counts["WAITING"] else "")
     ]
     if status.n_screen:
-        lines.append(f"screen: {status.n_screen} head trials besides")
+        gone = _list_reasons(reasons, "screen FAIL", "screen PRUNED")
+        lines.append(f"screen: {status.n_screen} head trials besides{gone}")
     if status.screen_agreement:
         lines.append(describe_agreement(status.screen_agreement))
     if status.saved_seconds >= 1:
@@ -145,10 +146,10 @@ def _join(lines: list[str]) -> str:
     return "\n".join(map(as_printable, lines))
 
 
-def _list_reasons(reasons: dict[str, int], state: str) -> str:
+def _list_reasons(reasons: dict[str, int], *states: str) -> str:
     listed = [
         f"{count} {reason.partition(': ')[2].replace('_', ' ')}"
         for reason, count in reasons.items()
-        if reason.startswith(f"{state}: ")
+        if reason.partition(": ")[0] in states
     ]
     return f" ({', '.join(listed)})" if listed else ""

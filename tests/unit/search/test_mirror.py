@@ -1,5 +1,8 @@
 """Tests of tuner.search.mirror; that it writes what Optuna writes is in tests/integration."""
 
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -122,3 +125,48 @@ def test_mirror_changes_no_finished_trial(tmp_path: Path) -> None:
     mirror.flush()
     (stored,) = read_plainly(tmp_path).trials
     assert (stored.value, stored.user_attrs, stored.intermediate_values) == (0.5, {}, {})
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_mirror_notices_that_its_wal_was_taken_away(tmp_path: Path, how: str) -> None:
+    """Commits into a file without a name would be gone with the process: what is stored is saved, and the run ends."""
+    mirror, study = open_mirrored(tmp_path)
+    study.tell(study.ask(LR), 0.5)
+    mirror.flush()
+    wal = tmp_path / "studies.db-wal"
+    wal.unlink()
+    if how == "replaced":
+        wal.touch()
+    study.tell(study.ask(LR), 0.5)
+    for _ in range(2):
+        with pytest.raises(
+            StorageError, match=r"must stay in its place, got .*studies\.db-wal removed or replaced; end"
+        ):
+            mirror.flush()
+    (tmp_path / "killed").mkdir()
+    killed = Path(shutil.copy(tmp_path / "studies.db", tmp_path / "killed"))
+    with closing(sqlite3.connect(killed)) as connection:
+        assert connection.execute("SELECT state FROM trials").fetchall() == [("COMPLETE",)]
+
+
+def test_mirror_takes_the_wal_of_a_new_connection(tmp_path: Path) -> None:
+    """SQLite itself removes a WAL with the last connection; that is no fault."""
+    mirror, study = open_mirrored(tmp_path)
+    for _ in range(2):
+        study.tell(study.ask(LR), 0.5)
+        mirror.flush()
+        mirror._storage.remove_session()
+        mirror._storage.engine.dispose()
+        assert not (tmp_path / "studies.db-wal").exists()
+    assert len(read_plainly(tmp_path).trials) == 2
+
+
+def test_mirror_says_in_one_line_that_its_file_is_out_of_reach(tmp_path: Path) -> None:
+    """Where links lead in a circle, the file system says neither that the file is there nor that it is not."""
+    (tmp_path / "disk").mkdir()
+    mirror, study = open_mirrored(tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    (tmp_path / "disk").symlink_to(tmp_path / "disk")
+    study.tell(study.ask(LR), 0.5)
+    with pytest.raises(StorageError, match=r"storage: must lie where it can be read .*studies\.db: Too many levels"):
+        mirror.flush()

@@ -14,7 +14,7 @@ from optuna.pruners import (
 )
 
 from tuner.search.pruners import PRUNERS, make_pruner, make_screened_pruner
-from tuner.search.screening import SCREEN_ATTR
+from tuner.search.trial_attrs import SCREEN_ATTR
 from tuner.spec.sections import SearchSection
 
 EPOCHS = 10

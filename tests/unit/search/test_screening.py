@@ -15,7 +15,6 @@ from optuna.trial import TrialState as OptunaState
 from tuner.search.distributions import make_distributions
 from tuner.search.screening import (
     DEEPER_ATTR,
-    SCREEN_ATTR,
     Agreement,
     QueuedPoint,
     choose_deeper,
@@ -27,7 +26,9 @@ from tuner.search.screening import (
     measure_agreement,
     rank_backbones,
 )
+from tuner.search.trial_attrs import SCREEN_ATTR
 from tuner.spec.sections import StudySpec
+from tuner.trial import Reason
 
 from .builders import GROUP_COUNTS, make_spec
 
@@ -194,13 +195,32 @@ def test_list_screen_points_leaves_out_what_is_fixed() -> None:
     ],
 )
 def test_find_missing_queues_what_no_trial_stands_for(state: OptunaState, n_missing: int) -> None:
-    """What is done, queued, running or cannot be trained is not queued again; what failed is."""
+    """What is done, queued, running or cannot be trained is not queued again; what failed without a reason is."""
     queued = list_screen_points(*make_screened())
     attrs = {"params_resolved": {}, **queued[3].attrs}
     trial = create_trial(state=state, value=0.5 if state == OptunaState.COMPLETE else None, user_attrs=attrs)
     missing = find_missing(queued, [trial, make_trial("a", 0.1, screen=False)])
     assert len(missing) == n_missing
     assert (queued[3] in missing) is (state == OptunaState.FAIL)
+
+
+@pytest.mark.parametrize(
+    ("reason", "attempt", "is_missing"),
+    [
+        (Reason.ERROR, 0, False),
+        (Reason.WORKER_LOST, 2, False),
+        (Reason.UNREADABLE, 2, False),
+        (Reason.WORKER_LOST, 1, True),
+        (Reason.INTERRUPTED, 0, True),
+        (Reason.INTERRUPTED, 2, True),
+    ],
+)
+def test_find_missing_gives_a_point_up_that_would_fail_again(reason: Reason, attempt: int, *, is_missing: bool) -> None:
+    """An error, and the last of three losses, stand: restarts do not try the point for ever; a kill is no failure."""
+    queued = list_screen_points(*make_screened(screen=1))
+    attrs = {**queued[0].attrs, "reason": reason.value, "attempt": attempt}
+    missing = find_missing(queued, [create_trial(state=OptunaState.FAIL, user_attrs=attrs)])
+    assert (queued[0] in missing) is is_missing
 
 
 def test_find_missing_takes_a_retry_for_the_lost_trial() -> None:

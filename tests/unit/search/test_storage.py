@@ -1,5 +1,7 @@
 """Tests of tuner.search.storage."""
 
+import errno
+import os
 import re
 import sqlite3
 import subprocess
@@ -12,8 +14,9 @@ import pytest
 import sqlalchemy
 from optuna.storages import RDBStorage
 
-from tuner.errors import StorageError
+from tuner.errors import StorageBusyError, StorageError
 from tuner.search.storage import (
+    check_owner,
     find_database,
     hold_lock,
     open_storage,
@@ -21,6 +24,7 @@ from tuner.search.storage import (
     schema_lock_path,
     study_lock_path,
     study_slug,
+    use_storage,
 )
 
 from .builders import keep, make_storage, make_url
@@ -72,7 +76,10 @@ def test_find_database_is_relative_to_the_working_directory(tmp_path: Path, monk
         ("studies.db", "got 'studies.db'"),
         ("sqlite://", "which keeps nothing"),
         ("sqlite:///:memory:", "which keeps nothing"),
-        ("mysql://localhost/x", "got 'mysql://localhost/x'"),
+        ("mysql://localhost/x", "got 'mysql://***'"),
+        ("sqlite:///a\0b", r"in UTF-8 and without NUL, got 'sqlite:///a\x00b'"),
+        ("sqlite:///a%00b", "without NUL, got 'sqlite:///a%00b'"),
+        ("sqlite:///a\udcff", r"in UTF-8 and without NUL, got 'sqlite:///a\udcff'"),
     ],
 )
 def test_find_database_refuses_what_is_no_file(url: str, got: str) -> None:
@@ -222,7 +229,7 @@ def test_hold_lock_says_where_it_cannot_be_made(tmp_path: Path) -> None:
 def test_study_slug_keeps_readable_names() -> None:
     """Names that are good file names stay as they are."""
     assert study_slug("pets-2_b") == "pets-2_b"
-    assert study_slug("猫") == "猫"
+    assert re.fullmatch(r"猫-[0-9a-f]{8}", study_slug("猫"))
 
 
 def test_study_slug_tells_names_apart() -> None:
@@ -260,3 +267,46 @@ def test_lock_paths_are_the_same_through_a_link(tmp_path: Path) -> None:
     linked, direct = make_url(tmp_path / "folder"), make_url(tmp_path)
     assert study_lock_path(linked, "a") == study_lock_path(direct, "a")
     assert schema_lock_path(linked) == schema_lock_path(direct)
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_open_storage_says_in_one_line_that_a_path_is_too_long(tmp_path: Path, *, create: bool) -> None:
+    """What the file system says of a path is the storage's problem, whoever asks."""
+    match = r"storage: must lie where it can be read and written, got .*: File name too long; see to its folder"
+    with pytest.raises(StorageError, match=match):
+        open_storage(f"sqlite:///{tmp_path}/{'a' * 300}.db", create=create)
+    with pytest.raises(StorageError, match=match):
+        check_owner(tmp_path / ("a" * 300))
+
+
+def test_open_storage_says_in_one_line_that_a_file_cannot_be_moved_into_place(tmp_path: Path) -> None:
+    """A folder where the new file is made is in the way."""
+    (tmp_path / ".studies.db.new").mkdir()
+    with pytest.raises(StorageError, match=r"storage: must lie where it can be read and written, got .*/studies\.db:"):
+        open_storage(make_url(tmp_path), create=True)
+
+
+def test_hold_lock_says_in_one_line_that_a_disk_keeps_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network disks have none; waiting may help."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (
+        pytest.raises(StorageBusyError, match=r"storage: must lie where it can .*/a\.lock: No locks available; see to"),
+        hold_lock(tmp_path / "a.lock"),
+    ):
+        pass
+
+
+def test_use_storage_lets_other_files_failures_through(tmp_path: Path) -> None:
+    """A pipe that breaks while a database is open is no fault of the database."""
+    with pytest.raises(BrokenPipeError), use_storage(make_url(tmp_path), create=True):
+        raise BrokenPipeError
+
+
+def test_lock_paths_bear_links_in_a_circle(tmp_path: Path) -> None:
+    """They are refused where the database is opened."""
+    (tmp_path / "studies.db").symlink_to(tmp_path / "studies.db")
+    assert study_lock_path(make_url(tmp_path), "a").name == "studies.db.a.lock"

@@ -1,5 +1,7 @@
 """Tests of tuner.search.storage_errors."""
 
+import errno
+import os
 import sqlite3
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import sqlalchemy
 from optuna.exceptions import StorageInternalError
 
 from tuner.errors import StorageBusyError, StorageError
-from tuner.search.storage_errors import explain_failures
+from tuner.search.storage_errors import explain_database_failures, explain_failures
 
 
 def make_error(code: int, text: str) -> sqlite3.OperationalError:
@@ -51,6 +53,20 @@ def test_explain_failures_finds_the_reason_below_sqlalchemy_and_optuna() -> None
     with pytest.raises(StorageBusyError, match=match) as caught, explain_failures(Path("/a/b.db")):
         raise StorageInternalError("An exception is raised during the commit.") from statement
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "may_pass"),
+    [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOLCK, True), (errno.EACCES, False), (errno.ENAMETOOLONG, False)],
+)
+def test_explain_failures_says_what_the_file_system_says(number: int, *, may_pass: bool) -> None:
+    """A disk that is away for a moment is waited for; in a block that has other files to do with nothing is guessed."""
+    match = f"^storage: must lie where it can be read and written, got /a/b.db: {os.strerror(number)}; see to its"
+    with pytest.raises(StorageError, match=match) as caught, explain_failures(Path("/a/b.db")):
+        raise OSError(number, os.strerror(number), "/a/b.db-wal")
+    assert isinstance(caught.value, StorageBusyError) == may_pass
+    with pytest.raises(OSError, match=os.strerror(number)), explain_database_failures(Path("/a/b.db")):
+        raise OSError(number, os.strerror(number))
 
 
 def test_explain_failures_lets_bugs_through() -> None:

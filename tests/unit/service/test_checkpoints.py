@@ -66,6 +66,17 @@ def test_remove_checkpoints_refuses_a_link(tmp_path: Path) -> None:
     assert (elsewhere / "trial-1.pt").exists()
 
 
+def test_remove_checkpoints_refuses_a_link_that_leads_all_studies_elsewhere(tmp_path: Path) -> None:
+    """The folder around the study's own may be one too."""
+    url, elsewhere = make_url(tmp_path), tmp_path / "elsewhere"
+    (elsewhere / "a").mkdir(parents=True)
+    (elsewhere / "a" / "trial-1.pt").touch()
+    checkpoint_file(url, "a", 1).parent.parent.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match=r"got the link '.*/studies\.db\.checkpoints'; remove it"):
+        remove_checkpoints(url, "a")
+    assert (elsewhere / "a" / "trial-1.pt").exists()
+
+
 @pytest.mark.parametrize("name", ["../../etc", "..", ".", "a" * 300, "x\\y", "-", "\u202e"])
 def test_checkpoint_file_stays_inside_whatever_the_study_is_called(tmp_path: Path, name: str) -> None:
     """Study names are data."""

@@ -63,7 +63,31 @@ def test_remove_models_follows_no_link_and_spares_what_is_not_its_own(tmp_path: 
     remove_models(url, "a")
     assert [path.name for path in folder.iterdir()] == ["notes"]
     models_folder(url, "b").symlink_to(outside)
-    remove_models(url, "b")
-    with pytest.raises(StorageError, match="storage: must keep its models in a folder, got the link"):
-        remove_halves(url, "b")
+    for remove in (remove_halves, remove_models):
+        with pytest.raises(
+            StorageError, match=r"storage: must keep its models in a folder, got the link '.*/b'; remove"
+        ):
+            remove(url, "b")
     assert (outside / "trial-1" / "mine.txt").is_file()
+
+
+def test_remove_models_refuses_a_link_that_leads_all_studies_elsewhere(tmp_path: Path) -> None:
+    """A folder that somebody sent may come with a link to where the user keeps other models of the same names."""
+    url = f"sqlite:///{tmp_path}/studies.db"
+    mine = tmp_path / "outside" / "a" / "trial-1"
+    half = mine.with_name(".trial-2.7.tmp")
+    mine.mkdir(parents=True)
+    half.mkdir()
+    models_folder(url, "a").parent.symlink_to(tmp_path / "outside")
+    for remove in (remove_halves, remove_models):
+        with pytest.raises(StorageError, match=r"got the link '.*/studies\.db\.models'; remove it"):
+            remove(url, "a")
+    assert mine.is_dir()
+    assert half.is_dir()
+
+
+def test_remove_models_says_in_one_line_that_a_folder_is_out_of_reach(tmp_path: Path) -> None:
+    """As of a disk that fails."""
+    for remove in (remove_halves, remove_models):
+        with pytest.raises(StorageError, match=r"storage: must lie where it can be read and written, got .*/a: "):
+            remove(f"sqlite:///{tmp_path}/{'a' * 300}.db", "a")
