@@ -22,7 +22,8 @@ from optuna.trial import create_trial
 
 from benchmarks.harness import Case
 from tuner.search.storage import open_storage
-from tuner.search.studies import StoredStudy, StudyFacts, open_study
+from tuner.search.studies import StoredStudy, open_study
+from tuner.search.study_facts import StudyFacts
 from tuner.search.trial_book import TrialBook
 from tuner.spec.study import parse_spec
 from tuner.trial import EpochResult, TrialOutcome, TrialState

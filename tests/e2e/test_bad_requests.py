@@ -9,7 +9,8 @@ from optuna.storages import RDBStorage
 
 from tests.e2e.mistakes import Prepare, expect, fail, write, write_study
 from tuner.search.storage import hold_lock, open_storage, study_lock_path
-from tuner.search.studies import StudyFacts, open_study
+from tuner.search.studies import open_study
+from tuner.search.study_facts import StudyFacts
 from tuner.service.study_data import read_study_data
 from tuner.spec.study import load_spec
 

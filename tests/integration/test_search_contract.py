@@ -18,7 +18,8 @@ from optuna.trial import TrialState as OptunaState
 from tuner.search.pruners import PRUNERS
 from tuner.search.samplers import SAMPLERS
 from tuner.search.storage import open_storage
-from tuner.search.studies import StudyFacts, open_study
+from tuner.search.studies import open_study
+from tuner.search.study_facts import StudyFacts
 from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR
 from tuner.search.trial_book import TrialBook
 from tuner.spec.sections import StudySpec

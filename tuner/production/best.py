@@ -7,7 +7,8 @@ import tomli_w
 
 from tuner.errors import ExportError
 from tuner.production.reading import open_stored
-from tuner.search.studies import StoredStudy, explain_damage, find_best, read_params
+from tuner.search.studies import StoredStudy, find_best, read_params
+from tuner.search.study_facts import explain_damage
 from tuner.spec.sections import BackboneSection
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

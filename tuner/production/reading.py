@@ -10,7 +10,8 @@ from optuna.trial import FrozenTrial
 
 from tuner.errors import StudyError
 from tuner.search.storage import hold_lock, resolve_url, study_lock_path, use_storage
-from tuner.search.studies import StoredStudy, delete_stored, explain_damage, load_stored
+from tuner.search.studies import StoredStudy, delete_stored, load_stored
+from tuner.search.study_facts import explain_damage
 from tuner.search.summaries import StudySummary, list_studies
 from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
 from tuner.service.checkpoints import remove_checkpoints

@@ -12,7 +12,7 @@ from tuner.models.weights import find_weights
 from tuner.production.best import best_params
 from tuner.production.machine import find_own_code
 from tuner.production.reading import open_stored
-from tuner.search.studies import StudyFacts, explain_damage
+from tuner.search.study_facts import StudyFacts, explain_damage
 from tuner.service.study_data import StudyData, read_study_data
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.pretrain import identify_pretraining

@@ -8,7 +8,8 @@ import optuna
 from optuna.storages import RDBStorage
 
 from tuner.errors import StudyError
-from tuner.search.studies import count_states, count_wanted, explain_damage, find_best, is_ours, list_names, read_attrs
+from tuner.search.studies import count_states, count_wanted, find_best, is_ours, list_names, read_attrs
+from tuner.search.study_facts import explain_damage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial
 
 from tuner.search.screening import Agreement, describe_agreement, is_screen, measure_agreement
-from tuner.search.studies import StoredStudy, count_states, count_wanted, explain_damage, find_best, read_params
+from tuner.search.studies import StoredStudy, count_states, count_wanted, find_best, read_params
+from tuner.search.study_facts import explain_damage
 from tuner.search.trial_attrs import count_reasons
 from tuner.service.kept_models import model_folder
 from tuner.service.progress import format_seconds

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tuner.errors import SpecError
 from tuner.search.distributions import check_group_counts
-from tuner.search.studies import StudyFacts
+from tuner.search.study_facts import StudyFacts
 from tuner.service.failures import MAX_IDLE_LOSSES, explain_loss
 from tuner.service.messages import Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker

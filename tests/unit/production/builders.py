@@ -15,7 +15,8 @@ from tuner.models.layers import group_layers
 from tuner.models.weights import find_weights
 from tuner.production.reading import open_stored
 from tuner.search.storage import open_storage
-from tuner.search.studies import StudyFacts, open_study
+from tuner.search.studies import open_study
+from tuner.search.study_facts import StudyFacts
 from tuner.search.trial_book import TrialBook
 from tuner.service.study_data import read_study_data
 from tuner.spec.sections import BackboneSection, StudySpec

@@ -19,7 +19,8 @@ from tuner.errors import ModelError, StudyError
 from tuner.models.weights import find_weights
 from tuner.production.stored_recipe import compare_weights, read_data, read_recipe
 from tuner.search.storage import find_database, use_storage
-from tuner.search.studies import FACTS_ATTR, StudyFacts
+from tuner.search.studies import FACTS_ATTR
+from tuner.search.study_facts import StudyFacts
 from tuner.search.trial_attrs import PARAMS_ATTR
 from tuner.spec.sections import BackboneSection
 

@@ -8,7 +8,8 @@ import optuna
 from optuna.storages import RDBStorage
 
 from tuner.search.storage import open_storage
-from tuner.search.studies import StoredStudy, StudyFacts, open_study
+from tuner.search.studies import StoredStudy, open_study
+from tuner.search.study_facts import StudyFacts
 from tuner.search.trial_book import TrialBook
 from tuner.spec.sections import StudySpec
 from tuner.spec.study import parse_spec

@@ -16,15 +16,14 @@ from tuner.search.storage import open_storage
 from tuner.search.studies import (
     FACTS_ATTR,
     SPEC_ATTR,
-    StudyFacts,
     count_wanted,
     delete_stored,
     find_best,
-    find_changed_facts,
     find_changes,
     load_stored,
     open_study,
 )
+from tuner.search.study_facts import StudyFacts, find_changed_facts
 from tuner.search.summaries import list_studies
 from tuner.search.trial_book import TrialBook
 
