@@ -57,6 +57,10 @@ class ModelError(TunerError):
     exit_code = 6
 
 
+class OwnCodeError(ModelError):
+    """The user's own function failed to make a backbone: a bug of theirs, where other weights and disks may recover."""
+
+
 class ExportError(TunerError):
     """There is nothing to export."""
 
@@ -92,6 +96,7 @@ ERRORS_BY_NAME: dict[str, type[TunerError]] = {
         StudyError,
         DataError,
         ModelError,
+        OwnCodeError,
         ExportError,
         StorageError,
         DeviceError,

@@ -177,16 +177,23 @@ class Place:
         return self.start("run", str(self.study_file), "--workers", "2", *arguments)
 
     def count_trials(self, *states: str) -> int:
-        """Return how many trials are in some states, read by SQL while others write."""
+        """Return how many trials are in some states, read while others write."""
+        return sum(state in states for state in self._query("SELECT state FROM trials"))
+
+    def list_reporting(self) -> list[str]:
+        """Return the ids of the trials that have finished an epoch."""
+        return self._query("SELECT DISTINCT trial_id FROM trial_intermediate_values")
+
+    def _query(self, sql: str) -> list[str]:
+        """Return a column, by SQL."""
         database = self.folder / "studies.db"
         if not database.exists():
-            return 0
+            return []
         connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)
         try:
-            rows = connection.execute("SELECT state FROM trials").fetchall()
-            return sum(state in states for (state,) in rows)
+            return [value for (value,) in connection.execute(sql)]
         except sqlite3.OperationalError:  # the schema is being made
-            return 0
+            return []
         finally:
             connection.close()
 

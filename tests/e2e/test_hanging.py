@@ -77,7 +77,7 @@ def test_time_in_which_nobody_watches_is_not_the_trials(tmp_path: Path) -> None:
     place = make_place(tmp_path, backbones=("own:slow",), epochs=20, n_trials=2)
     add_keys(place, search='trial_timeout = "8s"')
     process = place.start_run()
-    wait_until(lambda: place.count_trials("RUNNING") == 2)
+    wait_until(lambda: len(place.list_reporting()) == 2)
     os.kill(process.pid, signal.SIGSTOP)
     time.sleep(9)
     os.kill(process.pid, signal.SIGCONT)

@@ -11,7 +11,7 @@ import torch
 from tests.integration import own_backbones
 from tests.integration.test_head_training import HEAD, OWN, Desk
 from tuner.data.cache import clear_cache
-from tuner.service import feature_banks, training_session
+from tuner.service import feature_banks, messages, training_session
 from tuner.service.describing import describe_study
 from tuner.service.feature_banks import choose_closed
 from tuner.service.messages import GivenBack, Reply, Train
@@ -187,7 +187,7 @@ def test_images_are_decoded_with_all_cores(tmp_path: Path, monkeypatch: pytest.M
             super().send(reply)
             n_decoding = max(n_decoding, count_threads() - n_before)
 
-    monkeypatch.setattr(training_session, "_PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(messages, "PROGRESS_SECONDS", -1)
     monkeypatch.setattr(training_session, "usable_cores", lambda: 3)
     Worker(folder=tmp_path, desk=Watcher()).session.prepare(None)
     assert n_decoding == 3

@@ -15,9 +15,9 @@ json_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
 )
 
 
-def say(text: object, *, err: bool = False) -> None:
+def say(text: object) -> None:
     """Print lines for a person; nothing in them that a database or a file brought moves the terminal's cursor."""
-    click.echo(as_printable_lines(text), err=err)
+    click.echo(as_printable_lines(text))
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

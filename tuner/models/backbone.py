@@ -13,7 +13,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import get_arch_pretrained_cfgs, get_deprecated_models, get_pretrained_cfg, split_model_name_tag
 from torch import nn
 
-from tuner.errors import ModelError
+from tuner.errors import ModelError, OwnCodeError
 from tuner.models.small_cnn import SmallCNN
 from tuner.spec.sections import BackboneSection
 from tuner.spec.suggestions import did_you_mean
@@ -141,7 +141,7 @@ def _create_own(name: str, section: BackboneSection, n_classes: int) -> nn.Modul
     try:
         model = function(num_classes=n_classes, **section.kwargs)
     except Exception as error:
-        raise ModelError(f"space.backbone: '{name}' must return a model, got {first_line(error)}") from error
+        raise OwnCodeError(f"space.backbone: '{name}' must return a model, got {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"space.backbone: '{name}' must return a torch.nn.Module, got {type(model).__name__}")
     _check_own_classifier(name, model, n_classes)

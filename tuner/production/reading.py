@@ -40,10 +40,13 @@ def open_stored(study: str, storage: str | None) -> Iterator[tuple[StoredStudy, 
 
     Raises:
         StorageError: If the storage cannot be read.
-        StudyError: If it has no such study of ours.
+        StudyError: If it has no such study of ours, or the study's trials are damaged.
     """
     with open_existing(storage) as (opened, url):
-        yield load_stored(opened, study), url
+        stored = load_stored(opened, study)
+        with explain_damage(f"study {study!r}: its trials"):
+            stored.study.get_trials(deepcopy=False)  # read once; the storage remembers those that are over
+        yield stored, url
 
 
 def read_summaries(storage: str | None = None) -> list[StudySummary]:

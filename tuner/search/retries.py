@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from optuna.trial import FrozenTrial, Trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tuner.search.screening import DEEPER_ATTR
 from tuner.search.trial_attrs import ATTEMPT_ATTR, MAX_RETRIES, SCREEN_ATTR
@@ -13,6 +13,11 @@ _FIRST_ATTR = "first_attempt"
 def find_origin(trial: Trial | FrozenTrial) -> int:
     """Return the number of a trial's first attempt, from which all attempts have their seed and their checkpoint."""
     return int(trial.user_attrs.get(_FIRST_ATTR, trial.number))
+
+
+def is_begun(trial: FrozenTrial) -> bool:
+    """Whether a trial that is not over has been started, in this attempt or in an earlier one."""
+    return trial.state == TrialState.RUNNING or _FIRST_ATTR in trial.user_attrs
 
 
 def count_attempts(trial: Trial | FrozenTrial) -> int:

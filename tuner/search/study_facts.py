@@ -73,7 +73,7 @@ def explain_damage(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise StudyError(
             f"{what}: must be as 'tuner run' stored it, got something that cannot be read ({type(error).__name__}); "
             "go on with a copy that 'tuner backup' made"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import optuna
 from optuna.storages import RDBStorage
+from optuna.trial import TrialState
 
 from tuner.errors import StudyError
 from tuner.search.studies import count_states, count_wanted, find_best, is_ours, list_names, read_attrs
@@ -37,16 +38,23 @@ def list_studies(storage: RDBStorage) -> list[StudySummary]:
 
 def _summarise(study: optuna.Study) -> StudySummary:
     known: tuple[str, int | None, float | None] = "?", None, None
+    counts = {state.name: 0 for state in TrialState}
     with suppress(StudyError):  # another version's, or damaged: it must not hide the others
+        counts = _count(study)
         known = _read_known(study)
     objective, n_trials, best_value = known
     return StudySummary(
         name=study.study_name,
         objective=objective,
-        counts=count_states(study),
+        counts=counts,
         n_trials=n_trials,
         best_value=best_value,
     )
+
+
+def _count(study: optuna.Study) -> dict[str, int]:
+    with explain_damage(f"study {study.study_name!r}"):
+        return count_states(study)
 
 
 def _read_known(study: optuna.Study) -> tuple[str, int | None, float | None]:

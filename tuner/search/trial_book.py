@@ -16,7 +16,7 @@ from tuner.search.distributions import (
     project_default_recipe,
     resolve_params,
 )
-from tuner.search.retries import count_attempts, describe_retry, find_origin
+from tuner.search.retries import count_attempts, describe_retry, find_origin, is_begun
 from tuner.search.samplers import derive_seed
 from tuner.search.screening import (
     DEEPER_ATTR,
@@ -287,13 +287,14 @@ class TrialBook:
 
     def origin(self, number: int) -> int:
         """Return the number of a trial's first attempt; all attempts have their seed and their checkpoint from it."""
-        return find_origin(self._find(number))
+        return find_origin(self._running.get(number) or self._find(number))
 
     @property
     def open_origins(self) -> frozenset[int]:
-        """Origins of the trials that run or wait."""
+        """Origins of the trials that run, or wait to go on. What waits for its first attempt has no checkpoint."""
         states = (OptunaState.RUNNING, OptunaState.WAITING)
-        return frozenset(map(find_origin, self._study.get_trials(deepcopy=False, states=states)))
+        trials = self._study.get_trials(deepcopy=False, states=states)
+        return frozenset(find_origin(trial) for trial in trials if is_begun(trial))
 
     def _queue_again(self, trial: FrozenTrial, *, is_suspect: bool = False) -> None:
         """Queue a lost trial's point as a new trial, if it may be tried again."""

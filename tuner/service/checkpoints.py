@@ -26,13 +26,14 @@ def checkpoint_file(url: str, study_name: str, origin: int) -> Path:
     return _folder(url, study_name) / f"trial-{origin}.pt"
 
 
-def remove_checkpoints(url: str, study_name: str, *, keep: Iterable[int] = ()) -> None:
+def remove_checkpoints(url: str, study_name: str, *, keep: Iterable[int] = (), may_write: bool = False) -> None:
     """Remove a study's checkpoints, but for those of trials that run or wait.
 
     Args:
         url: Of the storage.
         study_name: The study's.
         keep: Their origins (``TrialBook.open_origins``). Nothing else may be training.
+        may_write: Whether these may be writing theirs; else what is half written goes as well.
 
     Raises:
         StorageError: If a link stands in the folder's place.
@@ -43,7 +44,7 @@ def remove_checkpoints(url: str, study_name: str, *, keep: Iterable[int] = ()) -
         OSError
     ):  # what cannot be removed now is tried again when the next trial ends, or the next run starts
         for path in list(folder.iterdir()):
-            if (match := _FILE.fullmatch(path.name)) and int(match[1]) not in kept:
+            if (match := _FILE.fullmatch(path.name)) and (int(match[1]) not in kept or (match[2] and not may_write)):
                 path.unlink(missing_ok=True)
         if not kept:
             folder.rmdir()

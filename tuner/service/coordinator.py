@@ -78,7 +78,10 @@ def run_study(
             patience = _be_patient(url, shown, signals)
             facts = collect_facts(scouted.description)
             stored = patience.keep_trying(lambda: open_study(opened, spec, facts, patience))
-            return SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals, deadline=deadline).run()
+            loop = SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals, deadline=deadline)
+            status = loop.run()
+        loop.tidy_up()
+        return status
 
 
 def _be_patient(url: str, display: Display, signals: StopSignals | None = None) -> Patience:

@@ -1,8 +1,10 @@
 """What goes wrong in a run: which trials it costs, and when it is too much to go on."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 from tuner.errors import SearchError
 from tuner.trial import Reason, TrialOutcome, TrialState
@@ -10,6 +12,7 @@ from tuner.trial import Reason, TrialOutcome, TrialState
 _MAX_FAILED_POINTS = 5
 MAX_IDLE_LOSSES = 3
 """Workers that may be lost in a row without a trial to blame."""
+_JUST_NOW_SECONDS = 5.0
 _KERNEL_COUNTERS = Path("/proc/vmstat")
 
 
@@ -30,16 +33,22 @@ class Loss:
 
 
 class MemoryKills:
-    """Tells whether the kernel has ended a process of this machine to get its memory. Mutable."""
+    """Tells whether the kernel has just ended a process of this machine to get its memory. Mutable."""
 
-    def __init__(self, counters: Path = _KERNEL_COUNTERS) -> None:
-        self._counters = counters
-        self._n_seen = self._count()
+    def __init__(self, counters: Path = _KERNEL_COUNTERS, clock: Callable[[], float] = monotonic) -> None:
+        self._counters, self._clock = counters, clock
+        self._n_older = self._n_newer = self._count()
+        self._looked_at = clock()
 
-    def notice(self) -> bool:
-        """Return whether there were any since the last look."""
-        n_before, self._n_seen = self._n_seen, self._count()
-        return self._n_seen > n_before
+    def watch(self) -> None:
+        """Look now and then, so that what happened to others hours ago is not taken for the cause of a loss."""
+        if self._clock() - self._looked_at >= _JUST_NOW_SECONDS:
+            self._n_older, self._n_newer = self._n_newer, self._count()
+            self._looked_at = self._clock()
+
+    def were_just_now(self) -> bool:
+        """Return whether there were any since the look before the last one."""
+        return self._count() > self._n_older
 
     def _count(self) -> int:
         with suppress(OSError, ValueError):  # another kernel: none is ever noticed
@@ -60,12 +69,16 @@ class FailureCount:
         self._last = ""
         self._n_idle_losses = 0
 
+    def watch(self) -> None:
+        """Look at what else the machine does; to be called at every turn."""
+        self._memory_kills.watch()
+
     def blame(self, loss: Loss) -> TrialOutcome:
         """Return the outcome of the trials that a lost worker had not finished.
 
         Of several, no telling which of them was at fault: they are tried again, each by itself.
         """
-        if loss.was_killed and self._memory_kills.notice():
+        if loss.was_killed and self._memory_kills.were_just_now():
             message = f"{loss.message}, by the kernel, which had no memory left"
             return _blame_one(loss, TrialOutcome(state=TrialState.PRUNED, reason=Reason.OUT_OF_MEMORY, message=message))
         if loss.is_overdue:

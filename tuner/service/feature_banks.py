@@ -16,6 +16,7 @@ from tuner.data.feature_store import FeatureBank, open_bank
 from tuner.data.image_set import ImageSet
 from tuner.data.memory import available_memory
 from tuner.data.views import View, find_view
+from tuner.service.messages import Coordinator, report_progress
 from tuner.service.workbench import Workbench
 from tuner.training.head_features import (
     Head,
@@ -89,8 +90,8 @@ def choose_closed(sizes: Sequence[int], limit: float) -> tuple[int, ...]:
 class FeatureBanks:
     """Features by backbone and view. Mutable: it keeps the banks that were used last, and one model."""
 
-    def __init__(self, bench: Workbench) -> None:
-        self._bench = bench
+    def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
+        self._bench, self._coordinator = bench, coordinator
         self._bodies: dict[str, Body | NotCacheable] = {}
         self._banks: dict[tuple[str, str, View | None], _Opened] = {}
         self._model: tuple[str, nn.Module] | None = None
@@ -205,7 +206,10 @@ class FeatureBanks:
 
     def _fill(self, out: Tensor, params: TrialParams, images: ImageSet, view: View | None) -> None:
         preprocessing = self._bench.preprocess(params.backbone)
-        compute_features(self._take_model(params), images, preprocessing, self._bench.device, view=view, out=out)
+        report = report_progress(self._coordinator, f"computing features of {params.backbone}")
+        compute_features(
+            self._take_model(params), images, preprocessing, self._bench.device, view=view, out=out, on_progress=report
+        )
 
     def _take_model(self, params: TrialParams) -> nn.Module:
         if self._model is None or self._model[0] != params.backbone:

@@ -5,10 +5,10 @@ from torch import Tensor
 from tuner.data.feature_store import FeatureBank
 from tuner.service.feature_banks import FeatureBanks
 from tuner.service.messages import Coordinator, EpochDone, GivenBack, Started, TrialDone, Verdict
-from tuner.service.outcomes import blame, first_line
+from tuner.service.outcomes import blame, comes_from_lost_device, first_line
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort
-from tuner.training.device import is_device_lost, release_memory
+from tuner.training.device import release_memory
 from tuner.training.head_features import NotCacheable, put_head
 from tuner.training.loop import Diverged
 from tuner.training.prepare import start_heads
@@ -24,19 +24,19 @@ class HeadTraining:
 
     def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
         self._bench, self._coordinator = bench, coordinator
-        self._banks = FeatureBanks(bench)
+        self._banks = FeatureBanks(bench, coordinator)
 
     def train(self, members: Members) -> None:
         """Train a cohort and say how each of its trials ended, or give back those that cannot use features.
 
         Raises:
-            RuntimeError: If the device is lost.
+            Exception: If the device is lost.
         """
         cohort = _Cohort(members)
         try:
             self._run(cohort)
         except Exception as error:  # a user's backbone may raise anything, and the search goes on
-            if is_device_lost(error):
+            if comes_from_lost_device(error):
                 raise
             reason, is_lasting, outcome = first_line(error), isinstance(error, NotCacheable), cohort.blame(error)
         else:

@@ -4,9 +4,13 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from time import monotonic
 from typing import Any, Protocol
 
 from tuner.trial import EpochResult, TrialOutcome, TrialParams, Usage
+
+PROGRESS_SECONDS = 0.25
+"""Least time between two words on how far something is."""
 
 # --- coordinator to worker ---
 
@@ -216,6 +220,19 @@ class Coordinator(Protocol):
 
     def ask_verdict(self, done: EpochDone) -> Verdict:
         """Report an epoch and wait for what the trials are to do."""
+
+
+def report_progress(coordinator: Coordinator, text: str) -> Callable[[int, int], None]:
+    """Return what tells the coordinator now and then how much of something is done, given done and total."""
+    reported = monotonic()
+
+    def report(n_done: int, n_total: int) -> None:
+        nonlocal reported
+        if monotonic() - reported > PROGRESS_SECONDS:
+            reported = monotonic()
+            coordinator.send(Progress(text=text, n_done=n_done, n_total=n_total))
+
+    return report
 
 
 _KINDS: dict[str, type[Message]] = {

@@ -34,7 +34,7 @@ class RunFiles:
         return Verdict(keep=number, folder=str(folder), provenance=provenance)
 
     def sweep(self) -> None:
-        """Remove what killed workers left half written, and all that is old. Before any worker trains."""
+        """Remove what killed workers left half written, and all that is old. While no worker trains."""
         remove_halves(self._url, self._study_name)
         self._remove_models()
         self._remove_checkpoints()
@@ -49,7 +49,7 @@ class RunFiles:
         if self._has_kept:  # else the best trial's model may not be there, and the one before is better than none
             self._remove_models()
         if self._has_ended:
-            self._remove_checkpoints()
+            self._remove_checkpoints(may_write=True)
         self._has_kept = self._has_ended = False
 
     def _remove_models(self) -> None:
@@ -58,5 +58,6 @@ class RunFiles:
         spared = self._book.running_numbers if best is None else (best[0], *self._book.running_numbers)
         remove_models(self._url, self._study_name, keep=spared)
 
-    def _remove_checkpoints(self) -> None:
-        remove_checkpoints(self._url, self._study_name, keep=self._book.open_origins)
+    def _remove_checkpoints(self, *, may_write: bool = False) -> None:
+        keep = self._book.open_origins
+        remove_checkpoints(self._url, self._study_name, keep=keep, may_write=may_write)

@@ -105,6 +105,10 @@ class SearchLoop:
             self._book.flush()
         return self._conclude()
 
+    def tidy_up(self) -> None:
+        """Remove what killed workers left half written, once no worker writes any more."""
+        self._files.sweep()
+
     def _conclude(self) -> StudyStatus:
         stopped_by: StoppedBy = self._signals.received or (
             "timeout" if self._supply.is_late and self._supply.n_missing > 0 else "done"
@@ -159,6 +163,7 @@ class SearchLoop:
             return False
         members = dict(batch.members)
         self._busy[worker.number] = _Training(members=members, n_given=len(members))
+        self._start_clock(worker)
         checkpoint = "" if batch.uses_features else str(self._files.find_checkpoint(batch.members[0][0]))
         worker.send(
             Train(
@@ -186,6 +191,7 @@ class SearchLoop:
             else:
                 self._handle(worker, reply)
         self._end_overdue()
+        self._failures.watch()
         self._settle()
 
     def _end_overdue(self) -> None:
@@ -207,7 +213,7 @@ class SearchLoop:
             case Started():
                 self._start_clock(worker)
             case Progress():
-                self._start_clock(worker)  # what trials share is made on nobody's time
+                self._start_clock(worker)  # features, which other trials use as well, are made on nobody's time
                 progress = Progressed(worker=worker.number, text=reply.text, n_done=reply.n_done, n_total=reply.n_total)
                 self._display.show(progress)
             case Prepared():

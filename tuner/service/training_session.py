@@ -2,10 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Never
 
 from tuner.data.splits import search_rows
@@ -14,18 +13,17 @@ from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
 from tuner.service.head_training import HeadTraining
-from tuner.service.messages import Coordinator, EpochDone, Progress, Started, Train, TrialDone
-from tuner.service.outcomes import blame, first_line
+from tuner.service.messages import Coordinator, EpochDone, Started, Train, TrialDone, report_progress
+from tuner.service.outcomes import blame, comes_from_lost_device, first_line
 from tuner.service.slots import usable_cores
 from tuner.service.workbench import Workbench
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
-from tuner.training.device import is_device_lost, release_memory
+from tuner.training.device import release_memory
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState
 
 _N_NAMED = 5
-_PROGRESS_SECONDS = 0.25
 _UNREADABLE_SECONDS = 5.0
 """How long a worker waits after files could not be read: a disk that is away comes back in seconds, or not at all."""
 
@@ -76,24 +74,12 @@ class TrainingSession:
                 self._spec.data,
                 interpolation=interpolation,
                 n_threads=usable_cores(),  # the other workers wait for it
-                on_progress=self._report_progress("decoding images"),
+                on_progress=report_progress(self._coordinator, "decoding images"),
             )
         if store.bad:
             shown = ", ".join(f"{image.name} ({image.reason})" for image in store.bad[:_N_NAMED])
             more = f" and {len(store.bad) - _N_NAMED} more" if len(store.bad) > _N_NAMED else ""
             self._bench.note(f"left out, they cannot be decoded: {shown}{more}")
-
-    def _report_progress(self, text: str) -> Callable[[int, int], None]:
-        """Return what tells the coordinator now and then how much is done."""
-        reported = monotonic()
-
-        def report(n_done: int, n_total: int) -> None:
-            nonlocal reported
-            if monotonic() - reported > _PROGRESS_SECONDS:
-                reported = monotonic()
-                self._coordinator.send(Progress(text=text, n_done=n_done, n_total=n_total))
-
-        return report
 
     def _pretrain(self, backbone: str) -> None:
         epochs: list[EpochResult] = []
@@ -115,8 +101,8 @@ class TrainingSession:
                 self._heads.release_memory()  # a whole model needs the device's memory more
             for number, params in request.members:
                 self._coordinator.send(self._train_alone(number, params, request.checkpoint))
-        except RuntimeError as error:
-            if is_device_lost(error):
+        except Exception as error:
+            if comes_from_lost_device(error):
                 _give_up(error)
             raise
 
@@ -124,11 +110,12 @@ class TrainingSession:
         try:
             return self._run_trial(number, params, checkpoint)
         except Exception as error:  # a user's backbone may raise anything, and the search goes on
-            if is_device_lost(error):
+            if comes_from_lost_device(error):
                 raise
             outcome = blame(error)
         release_memory(self._bench.device)  # out of the except block: its traceback held on to the trial's tensors
         if outcome.reason is Reason.UNREADABLE:
+            self._coordinator.send(Started())  # the trial's time is not for waiting
             sleep(_UNREADABLE_SECONDS)
         return TrialDone(number=number, outcome=outcome)
 
@@ -145,7 +132,7 @@ class TrainingSession:
         )
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
         file = self._find_checkpoint(number, job, checkpoint)
-        saved = None if file is None else file.read()
+        saved = None if file is None else file.read(job.model)
         if saved is not None and not self._replay(number, saved):
             return TrialDone(number=number, outcome=outcome)
         self._coordinator.send(Started())
@@ -171,7 +158,7 @@ class TrainingSession:
         return CheckpointFile(
             Path(checkpoint),
             number=number,
-            identity=identify_trial(job.params, job.model, job.device, made_from=made_from),
+            identity=identify_trial(job.params, job.device, made_from=made_from),
             every_seconds=self._spec.workers.checkpoint_every,
             note=self._bench.note,
         )
@@ -183,7 +170,7 @@ class TrainingSession:
         return not any(number in verdict.stop for verdict in verdicts)
 
 
-def _give_up(error: RuntimeError) -> Never:
+def _give_up(error: Exception) -> Never:
     """End this process, whose CUDA context is broken; another one takes over, and its trials are tried again."""
     sys.stderr.write(first_line(error))
     sys.stderr.flush()

@@ -5,13 +5,13 @@ whole. Reading unpickles nothing (``weights_only=True``) and looks at the checks
 What a user's backbone keeps besides its parameters and buffers, in plain attributes, is not held.
 """
 
-import itertools
 import json
 import os
 import random
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -41,15 +41,18 @@ class MovingParts:
     """The trial's own, by name. Besides, those of torch, Python and NumPy are held: backbones may draw from them."""
     device: torch.device
 
-    def take_state(self) -> dict[str, Any]:
-        """Return all that the next epochs depend on, but for frozen weights, which a new model of the trial has.
+    @cached_property
+    def frozen_hash(self) -> str:
+        """Identity of the weights that do not train; they are made anew, not held."""
+        return _hash_others(self.model, {name for name, each in self.model.named_parameters() if each.requires_grad})
 
-        Its tensors are the training's own: write it before they move.
-        """
+    def take_state(self) -> dict[str, Any]:
+        """Return all that the next epochs depend on. Its tensors are the training's own: write it before they move."""
         parameters = self.model.named_parameters()
         return {
             "parameters": {name: parameter.detach() for name, parameter in parameters if parameter.requires_grad},
             "buffers": dict(self.model.named_buffers()),
+            "frozen_hash": self.frozen_hash,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "generators": {name: generator.get_state() for name, generator in self.generators.items()},
@@ -60,7 +63,7 @@ class MovingParts:
         """Make everything as it was, and empty the state, whose memory is not needed any more.
 
         Args:
-            state: Of this trial: ``CheckpointFile.read`` has looked.
+            state: Fits, since ``CheckpointFile.read`` has looked.
         """
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -95,12 +98,13 @@ def _put_global_generators(states: dict[str, Any], device: torch.device) -> None
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002 - as above
 
 
-def _hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's parameters and buffers: names, types and values."""
-    digest = sha256()
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+def _hash_others(model: nn.Module, names: Iterable[str]) -> str:
+    """Return the SHA-256 of a model's parameters but for some: names, types and values."""
+    left_out, digest = set(names), sha256()
+    for name, parameter in model.named_parameters():
+        if name not in left_out:
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -142,11 +146,16 @@ class CheckpointFile:
         self._written = monotonic()
         self._has_failed = False
 
-    def read(self) -> Checkpoint | None:
-        """Return the checkpoint, unless there is none, or none of this trial that is whole."""
+    def read(self, model: nn.Module) -> Checkpoint | None:
+        """Return the checkpoint, unless there is none, or none of this trial that is whole and fits.
+
+        Args:
+            model: The trial's, as it is before its first step.
+        """
         try:
             content = _load(self._path)
             _check_identity(content, self._identity)
+            _check_fit(model, content["state"])
             results = tuple(EpochResult(**result) for result in content["results"])
             return Checkpoint(number=content["number"], results=results, state=content["state"])
         except FileNotFoundError:
@@ -185,14 +194,11 @@ class CheckpointFile:
         self._written = monotonic()  # from its end, so that slow disks do not spend the time on nothing else
 
 
-def identify_trial(
-    params: TrialParams, model: nn.Module, device: torch.device, *, made_from: Mapping[str, Any]
-) -> dict[str, Any]:
+def identify_trial(params: TrialParams, device: torch.device, *, made_from: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must be the same for a checkpoint to be of the same trial, on the same kind of device.
 
     Args:
         params: The trial's.
-        model: The trial's, as it is before its first step.
         device: Where it trains.
         made_from: What else decides its images and its model, as for JSON.
     """
@@ -200,7 +206,6 @@ def identify_trial(
         "format": _FORMAT,
         "torch": torch.__version__.split("+")[0],
         "params": params.to_json(),
-        "weights": _hash_weights(model),
         "made_from": json.dumps(made_from, sort_keys=True, default=str),
         "device": device.type,
     }
@@ -217,7 +222,21 @@ def _load(path: Path) -> Any:
 
 def _check_identity(content: dict[str, Any], identity: dict[str, Any]) -> None:
     if content["identity"] != identity:
-        raise ValueError("it is of another recipe, other images, other weights, another kind of device or version")
+        raise ValueError("it is of another recipe, other images, another kind of device or another version")
+
+
+def _check_fit(model: nn.Module, state: dict[str, Any]) -> None:
+    """Raise ValueError unless the state's tensors are the model's, and all other weights are what they were."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    trained = {name: parameter for name, parameter in parameters.items() if name in state["parameters"]}
+    if _describe(trained) != _describe(state["parameters"]) or _describe(buffers) != _describe(state["buffers"]):
+        raise ValueError("its weights are of another model")
+    if _hash_others(model, trained) != state["frozen_hash"]:
+        raise ValueError("the weights that do not train have changed")
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _find_reason(error: OSError | RuntimeError) -> str:

@@ -9,7 +9,13 @@ import torch
 
 from tuner.errors import DeviceError
 
-_OUT_OF_MEMORY_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
+_OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "alloc_failed",  # cuBLAS and cuDNN
+)
 
 
 def as_device(text: str) -> torch.device:

@@ -1,7 +1,7 @@
 """The input of a model's head, computed once: all that a trial needs if nothing below its head trains."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -79,6 +79,7 @@ def compute_features(
     *,
     view: View | None = None,
     out: Tensor | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Return the input of a model's head for images, and leave the model in eval mode.
 
@@ -89,6 +90,7 @@ def compute_features(
         device: Where to compute.
         view: The version of the images to show; None shows them as they are.
         out: Where to put the features, for one a mapped file; None makes room on the device.
+        on_progress: Told after each batch how many images are done, of how many.
 
     Returns:
         ``out``, or float32 (float64 of a double model), shape ``(n_images, n_features)``, in the images' order.
@@ -110,6 +112,8 @@ def compute_features(
             pixels = _show(view, pixels, images.rows[rows.cpu()])
         out[n_done : n_done + len(rows)] = _compute_batch(model, head, normalise(pixels), device)
         n_done += len(rows)
+        if on_progress is not None:
+            on_progress(n_done, len(images.labels))
     return out
 
 

@@ -1,8 +1,10 @@
 """What is stored reaches the terminal as text: no escape moves its cursor, and no line is forged."""
 
+import contextlib
 import csv
 import io
 import json
+import sqlite3
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
-from tests.unit.search.builders import close_storages, make_url, open_small, read_plainly
+from tests.unit.search.builders import close_storages, make_url, open_small, read_plainly, run_trial
 from tests.unit.service.test_messages import PARAMS
 from tuner.cli.main import run_command
 from tuner.errors import StudyError
 from tuner.production.reading import describe_trial, read_trial
 from tuner.search.trial_attrs import PARAMS_ATTR, REASON_ATTR
+from tuner.search.trial_book import TrialBook
 
 ESCAPE = "\x1b[2J\x9b1A\r\u202e"
 NAME = f"a{ESCAPE}\nerror: forged"
@@ -104,3 +107,28 @@ def test_list_goes_on_after_a_damaged_study(tmp_path: Path, capsys: pytest.Captu
     for command in ("status", "trials", "best"):
         assert run_command([command, "small", "--storage", make_url(tmp_path)]) == 4
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE trial_user_attributes SET value_json = '{'",
+        "UPDATE trials SET state = 'FINISHED'",
+        "UPDATE trials SET datetime_complete = 'yesterday'",
+    ],
+)
+def test_damaged_trials_are_one_line_and_hide_no_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Rows that no program of ours wrote end no command in a traceback."""
+    book = TrialBook(open_small(tmp_path))
+    run_trial(book)
+    book.flush()
+    close_storages()
+    with contextlib.closing(sqlite3.connect(tmp_path / "studies.db", isolation_level=None)) as connection:
+        connection.execute(damage)
+    assert read(capsys, "list", "--storage", make_url(tmp_path)).splitlines()[1].split()[0] == "small"
+    for command in (["status", "small"], ["trials", "small"], ["best", "small"], ["show", "small", "0"]):
+        assert run_command([*command, "--storage", make_url(tmp_path)]) == 4
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "must be as 'tuner run' stored it" in line

@@ -323,6 +323,8 @@ def two_studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "studies.db"
 
 
+# Where the stack is spent, finalisers of whatever else is collected then cannot run either.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("name", "value"), DAMAGES)
 def test_damaged_attribute_is_one_line_and_hides_no_other_study(
     tmp_path: Path, two_studies: Path, name: str, value: Any

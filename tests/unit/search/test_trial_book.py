@@ -272,8 +272,10 @@ def test_retries_are_the_trial_that_was_lost(tmp_path: Path) -> None:
 
 
 def test_open_origins_are_those_that_may_go_on(tmp_path: Path) -> None:
-    """What runs or waits; not what has ended for good."""
+    """What runs or waits to go on; not what has ended for good, nor what waits to be started."""
     book, _ = open_book(tmp_path)
+    book.prepare()
+    assert book.open_origins == frozenset()
     run_trial(book)
     assert book.open_origins == frozenset()
     lost, other = ask(book)[0], ask(book)[0]

@@ -34,14 +34,16 @@ def test_remove_checkpoints_spares_the_trials_that_may_go_on(tmp_path: Path) -> 
 
 
 def test_remove_checkpoints_removes_halves_of_ended_trials_only(tmp_path: Path) -> None:
-    """What a killed worker was writing goes with its trial; what a living one writes is not touched."""
+    """What a killed worker was writing goes with its trial, and all of it where no worker lives to write."""
     url = make_url(tmp_path)
     (path,) = make_files(url, "a", 2)
     halves = [path.with_name(f".trial-{number}.pt.77.tmp") for number in (2, 3)]
     for half in halves:
         half.touch()
-    remove_checkpoints(url, "a", keep=(3,))
+    remove_checkpoints(url, "a", keep=(3,), may_write=True)
     assert [each.exists() for each in (path, *halves)] == [False, False, True]
+    remove_checkpoints(url, "a", keep=(3,))
+    assert not halves[1].exists()
 
 
 def test_remove_checkpoints_leaves_no_empty_folder(tmp_path: Path) -> None:

@@ -64,15 +64,21 @@ def write_counter(path: Path, value: int) -> Path:
     return path
 
 
-def test_memory_kills_are_noticed_once(tmp_path: Path) -> None:
-    """Each look is for what came after the one before; a kernel that counts nothing never says so."""
-    counters = write_counter(tmp_path / "vmstat", 7)
-    kills = MemoryKills(counters)
-    assert not kills.notice()
+def test_memory_kills_are_those_of_the_last_seconds(tmp_path: Path) -> None:
+    """What the kernel did to others hours ago ended no worker now; a kernel that counts nothing never says so."""
+    counters, now = write_counter(tmp_path / "vmstat", 7), [0.0]
+    kills = MemoryKills(counters, lambda: now[0])
+    assert not kills.were_just_now()
     write_counter(counters, 8)
-    assert kills.notice()
-    assert not kills.notice()
-    assert not MemoryKills(tmp_path / "missing").notice()
+    assert kills.were_just_now()
+    now[0] = 6.0
+    kills.watch()
+    kills.watch()
+    assert kills.were_just_now()
+    now[0] = 12.0
+    kills.watch()
+    assert not kills.were_just_now()
+    assert not MemoryKills(tmp_path / "missing").were_just_now()
 
 
 @pytest.mark.parametrize(
