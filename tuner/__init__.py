@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tuner.errors import TunerError
     from tuner.production.best import best_params
+    from tuner.production.export import export_model
     from tuner.production.predictor import load
     from tuner.production.retrain import train_best
     from tuner.service.coordinator import run_study
@@ -22,6 +23,7 @@ __all__ = [
     "TrialParams",
     "TunerError",
     "best_params",
+    "export_model",
     "load",
     "load_spec",
     "run_study",
@@ -34,6 +36,7 @@ _HOMES = {
     "TrialParams": "tuner.trial",
     "TunerError": "tuner.errors",
     "best_params": "tuner.production.best",
+    "export_model": "tuner.production.export",
     "load": "tuner.production.predictor",
     "load_spec": "tuner.spec.study",
     "run_study": "tuner.service.coordinator",

@@ -77,6 +77,7 @@ def test_public_names_are_pinned() -> None:
         "TrialParams",
         "TunerError",
         "best_params",
+        "export_model",
         "load",
         "load_spec",
         "run_study",

@@ -47,6 +47,7 @@ OUTSIDE = {
     "sqlalchemy": {"search"},
     "optuna_dashboard": {"service.dashboard"},
     "matplotlib": {"production"},
+    "onnxruntime": {"production"},
     "sklearn": {"data"},
     "PIL": {"data", "production"},
     "tomli_w": {"production", "service.initial_study"},

@@ -10,7 +10,7 @@ import click
 from tuner.cli.cache import cache
 from tuner.cli.results import backup, best, delete, list_, show, status, trials
 from tuner.cli.searching import check, dashboard, init, run
-from tuner.cli.using import predict, train
+from tuner.cli.using import export, predict, train
 from tuner.errors import EXIT_SIGINT, StorageError, TunerError
 from tuner.spec.printable import as_printable
 
@@ -45,7 +45,10 @@ def cli() -> None:
     """
 
 
-for command in (init, check, run, list_, status, trials, show, best, train, predict, delete, backup, dashboard, cache):
+for command in (
+    *(init, check, run, list_, status, trials, show, best, train, predict, export),
+    *(delete, backup, dashboard, cache),
+):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Commands that turn a search into a model in use: train, predict."""
+"""Commands that turn a search into a model in use: train, predict, export."""
 
 import json
 from pathlib import Path
@@ -60,3 +60,25 @@ def predict(folder: Path, images: tuple[Path, ...], device: str, allow_code: boo
             path, label = as_printable(prediction.path), as_printable(prediction.label)
             click.echo(f"{path}\t{label}\t{prediction.probability:.4f}")
     return EXIT_SKIPPED if len(done) < len(predictions) else 0
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--format", "form", type=click.Choice(["timm", "hf", "onnx", "torch"]), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="Folder to write.")
+@click.option("--allow-code", is_flag=True, help="Let a backbone that is a function of yours be imported.")
+def export(folder: Path, form: str, out: Path, allow_code: bool) -> None:
+    """Write a model folder's model for another program: timm, Hugging Face, ONNX or torch.export.
+
+    What the other program does otherwise is said on stderr, a line each.
+
+    \b
+    Example:
+      tuner export model/ --format onnx --out model-onnx/
+    """
+    from tuner.production.export import export_model
+
+    result = export_model(folder, out, form=form, allow_code=allow_code)
+    for note in result.notes:
+        say(f"note: {note}", err=True)
+    say(f"wrote {result.folder}: {', '.join(result.files)}\nload it: {result.loaded_by}")

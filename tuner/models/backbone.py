@@ -113,6 +113,12 @@ def _create_timm(name: str, section: BackboneSection, n_classes: int, image_size
     return model
 
 
+def read_created_with(model: nn.Module) -> dict[str, Any]:
+    """Return the keyword arguments with which timm makes the same model again, besides its name and its classes."""
+    arguments: dict[str, Any] = getattr(model, CREATED_WITH)
+    return {name: value for name, value in arguments.items() if name not in {"num_classes", "in_chans"}}
+
+
 def _can_create(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a model can be made; tells a wrong keyword argument from a wrong image size."""
     try:

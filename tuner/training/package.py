@@ -96,10 +96,9 @@ def write_package(
     """
     folder = folder.resolve()
     check_replaceable(folder)
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     try:
-        with _replacing_folder(folder) as temporary:
-            save_file(state, temporary / WEIGHTS_NAME)
+        with replacing_folder(folder) as temporary:
+            write_weights(temporary / WEIGHTS_NAME, model)
             text = json.dumps(manifest.to_json(), indent=1)
             (temporary / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
             if add_files is not None:
@@ -107,6 +106,19 @@ def write_package(
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
         reason = getattr(error, "strerror", None) or error
         raise ExportError(f"{folder}: must be a folder that can be written, got: {reason}") from error
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's weights as safetensors, marked as torch's: transformers reads no others.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors wraps the system's errors in its own
+        raise OSError(str(error)) from error
 
 
 def read_package(folder: Path, *, allow_code: bool = False) -> tuple[nn.Module, Manifest]:
@@ -183,7 +195,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 @contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside ``folder``; on success it is flushed to disk and takes its place."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

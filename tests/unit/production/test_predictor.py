@@ -29,7 +29,7 @@ def build_own(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
 
 
-def write_model(folder: Path, *, backbone: str = SMALL_CNN, resize: str = "crop") -> Path:
+def write_model(folder: Path, *, backbone: str = SMALL_CNN, resize: str = "crop", image_size: int = 16) -> Path:
     """Write a model folder of random weights; return it."""
     params = TrialParams(
         backbone=backbone,
@@ -50,10 +50,16 @@ def write_model(folder: Path, *, backbone: str = SMALL_CNN, resize: str = "crop"
         seed=0,
     )
     manifest = Manifest(
-        backbone=backbone, preprocessing=PREPROCESSING, classes=CLASSES, image_size=16, resize=resize, params=params
+        backbone=backbone,
+        preprocessing=PREPROCESSING,
+        classes=CLASSES,
+        image_size=image_size,
+        resize=resize,
+        params=params,
     )
     torch.manual_seed(0)
-    model = create_backbone(backbone, BackboneSection(weights="random"), n_classes=len(CLASSES), image_size=16)
+    section = BackboneSection(weights="random")
+    model = create_backbone(backbone, section, n_classes=len(CLASSES), image_size=image_size)
     write_package(folder, model, manifest)
     return folder
 

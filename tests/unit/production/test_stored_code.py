@@ -30,6 +30,7 @@ _ARGUMENTS: dict[str, list[str]] = {
     "best": ["sides"],
     "train": ["sides", "--out", "again"],
     "predict": ["model", "images"],
+    "export": ["model", "--format", "torch", "--out", "exported"],
     "cache": [],
     "backup": ["copy.db"],
     "delete": ["sides", "--yes"],
@@ -38,7 +39,7 @@ _BY_STUDY_FILE = {"init", "check", "run"}
 """Commands that read what the command line names and no stored study."""
 _SERVERS = {"dashboard"}
 """Tested over HTTP, in tests/e2e."""
-_REFUSED = {"train", "predict"}
+_REFUSED = {"train", "predict", "export"}
 
 
 def forget(folder: Path) -> Path:
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("command", _ARGUMENTS)
 def test_command_imports_no_stored_code(command: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Looking at what somebody else stored is safe; training and predicting say what would allow it."""
+    """Looking at what somebody else stored is safe; training, predicting and exporting say what would allow it."""
     if command not in cli.commands:
         pytest.skip("there is no such command")
     marker = forget(folder)
