@@ -132,6 +132,45 @@ MISTAKES = [
         problem="data.path: line 2: split must be train, val or test, got 'dev'",
     ),
     Mistake(
+        what="csv group column missing",
+        edits=(*CSV, ("image_size = 16", 'group = "patiant"')),
+        prepare=write("table.csv", "path,label,patient\nimages/cat/0.png,cat,1\n"),
+        problem="data.group: must be a column of the table, got 'patiant'; did you mean 'patient'?",
+    ),
+    Mistake(
+        what="csv group empty",
+        edits=(*CSV, ("image_size = 16", 'group = "patient"')),
+        prepare=write("table.csv", "path,label,patient\nimages/cat/0.png,cat,1\nimages/cat/1.png,cat\n"),
+        problem="data.path: line 3: patient must not be empty, got ''",
+    ),
+    Mistake(
+        what="csv group column twice",
+        edits=(*CSV, ("image_size = 16", 'group = "patient"')),
+        prepare=write("table.csv", "path,label,patient,patient\nimages/cat/0.png,cat,1,1\n"),
+        problem="data.path: must have each column once, got 'patient' in 'path', 'label', 'patient', 'patient'",
+    ),
+    Mistake(
+        what="csv group torn",
+        edits=(*CSV, ("image_size = 16", 'group = "patient"')),
+        prepare=write(
+            "table.csv",
+            "path,label,split,patient\nimages/cat/0.png,cat,train,7\nimages/cat/1.png,cat,val,7\n"
+            "images/dog/0.png,dog,train,8\nimages/dog/1.png,dog,val,9\n",
+        ),
+        problem="data.group: each group must stand in one split, got '7' in train and val; correct the split column, "
+        "or leave it out and the groups are cut whole",
+    ),
+    Mistake(
+        what="csv too few groups",
+        edits=(*CSV, ("image_size = 16", 'group = "patient"')),
+        prepare=write(
+            "table.csv",
+            "path,label,patient\nimages/cat/0.png,cat,7\nimages/cat/1.png,cat,7\n"
+            "images/dog/0.png,dog,8\nimages/dog/1.png,dog,9\n",
+        ),
+        problem="data.group: each class must have at least one group for each of train, val, got 1 of 'cat'",
+    ),
+    Mistake(
         what="csv path twice",
         edits=CSV,
         prepare=write("table.csv", "path,label\nimages/cat/0.png,cat\nimages/cat/../cat/0.png,dog\n"),

@@ -59,6 +59,8 @@ class ImageIndex:
     find_file: Callable[[int], Path] | None = None
     """Returns the file that ``open_image`` opens, for decoding it in another process and for hashing what is in it; the
     latter not for TEST images. None: there are no files, and the stamps hash the content."""
+    groups: tuple[str, ...] | None = None
+    """What each image belongs to (a patient, a scene), where the source says: a group stays in one split."""
     read_test: Callable[[], "ImageIndex"] | None = None
     """Lists the given test split where listing it would open its files (torchvision); those images are then not in
     this index until ``unlock_test`` adds them. None: there is no test split, or it is already in this index."""
@@ -92,12 +94,16 @@ def select_classes(index: ImageIndex, classes: Sequence[str]) -> ImageIndex:
         open_image=lambda row: index.open_image(int(rows[row])),
         read_version=(lambda row: read_version(int(rows[row]))) if read_version else None,
         find_file=(lambda row: find_file(int(rows[row]))) if find_file else None,
+        groups=None if index.groups is None else tuple(index.groups[row] for row in rows),
         read_test=(lambda: select_classes(read_test(), classes)) if read_test else None,
     )
 
 
 def join_indexes(first: ImageIndex, second: ImageIndex) -> ImageIndex:
-    """Return the images of two indexes with the same classes, those of ``first`` first; ``read_test`` is dropped."""
+    """Return the images of two indexes with the same classes, those of ``first`` first, without what few sources have.
+
+    ``read_test``, ``find_file`` and ``groups`` are dropped.
+    """
     n_first = len(first.names)
 
     def locate(row: int) -> tuple[ImageIndex, int]:
@@ -118,7 +124,7 @@ def join_indexes(first: ImageIndex, second: ImageIndex) -> ImageIndex:
         given_splits=np.concatenate([first.given_splits, second.given_splits]),
         stamps=first.stamps + second.stamps,
         open_image=open_image,
-        read_version=read_version,
+        read_version=read_version if first.read_version or second.read_version else None,
     )
 
 

@@ -10,6 +10,7 @@ from tuner.data.index import SPLIT_NAMES, ImageIndex, Split, preview
 from tuner.data.source_files import FileEntry, index_files
 from tuner.errors import DataError
 from tuner.spec.sections import DataSection
+from tuner.spec.suggestions import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ def read_csv(section: DataSection) -> ImageIndex:
         DataError: If the table cannot be read, a line is wrong, or a file of train or val does not exist.
     """
     path = Path(str(section.path))
-    lines = [_parse_line(path, number, row) for number, row in _read_rows(path)]
+    lines = [_parse_line(path, number, row, section.group) for number, row in _read_rows(path, section.group)]
     if not lines:
         raise DataError(f"data.path: must hold at least one line below the header, got none in '{path}'")
     _check_unique(lines)
@@ -38,13 +39,13 @@ def read_csv(section: DataSection) -> ImageIndex:
     return index
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_rows(path: Path, group: str | None) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield line numbers and rows of the table, with stripped cells; a missing cell is empty."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            _check_columns(reader.fieldnames)
+            _check_columns(reader.fieldnames, group)
             for row in reader:
                 yield reader.line_num, {key: value.strip() for key, value in row.items() if isinstance(value, str)}
     except IsADirectoryError:
@@ -60,7 +61,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise DataError(f"data.path: must be a readable csv file, got '{path}' ({error.strerror})") from error
 
 
-def _check_columns(columns: list[str]) -> None:
+def _check_columns(columns: list[str], group: str | None) -> None:
     for name in ("path", "label"):
         if name not in columns:
             raise DataError(
@@ -69,13 +70,16 @@ def _check_columns(columns: list[str]) -> None:
                 if columns
                 else "data.path: must have a header with the columns path and label, got an empty file"
             )
-    if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
+    if group is not None and group not in columns:
+        hint = did_you_mean(group, columns) or f"; the columns are {preview(columns)}"
+        raise DataError(f"data.group: must be a column of the table, got {group!r}{hint}")
+    if twice := [name for name in ("path", "label", "split", group) if name and columns.count(name) > 1]:
         raise DataError(f"data.path: must have each column once, got {twice[0]!r} in {preview(columns)}")
 
 
-def _parse_line(table: Path, number: int, row: dict[str, str]) -> _Line:
+def _parse_line(table: Path, number: int, row: dict[str, str], group: str | None) -> _Line:
     where = f"data.path: line {number}"
-    for column in ("path", "label"):
+    for column in ("path", "label") if group is None else ("path", "label", group):
         if not row[column]:
             raise DataError(f"{where}: {column} must not be empty, got {row[column]!r}")
     split = row.get("split")
@@ -89,6 +93,7 @@ def _parse_line(table: Path, number: int, row: dict[str, str]) -> _Line:
             path=table.parent / name,
             class_name=row["label"],
             split=None if split is None else SPLIT_NAMES[split.lower()],
+            group=None if group is None else row[group],
         ),
     )
 

@@ -21,6 +21,8 @@ class FileEntry:
     class_name: str
     split: Split | None
     """None: the source does not say."""
+    group: str | None = None
+    """What it belongs to with others; None, then for all entries: nothing."""
 
 
 def index_files(entries: Sequence[FileEntry]) -> ImageIndex:
@@ -42,6 +44,7 @@ def index_files(entries: Sequence[FileEntry]) -> ImageIndex:
         labels=np.array([positions[entry.class_name] for entry in entries], dtype=np.int64),
         given_splits=np.array(splits, dtype=np.int8),
         stamps=tuple("" if entry.split is Split.TEST else _read_size(entry.path) for entry in entries),
+        groups=None if entries[0].group is None else tuple(str(entry.group) for entry in entries),
         open_image=lambda row: open_image(entries[row].path),
         read_version=lambda row: file_version(entries[row].path),
         find_file=lambda row: entries[row].path,

@@ -8,6 +8,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from tuner.data.group_splits import check_given_groups, cut_groups
 from tuner.data.index import ImageIndex, Split, join_indexes, preview
 from tuner.errors import DataError
 from tuner.spec.sections import DataSection
@@ -19,7 +20,8 @@ def cut_splits(index: ImageIndex, section: DataSection, seed: int) -> NDArray[np
     """Return the split of each image.
 
     A given split stays. A missing val split, and a missing test split if ``test_fraction`` is set, are cut from the
-    train images: these shares of each class, and at least one image.
+    train images: these shares of each class, and at least one image. Groups stay whole, which the shares then follow
+    as well as they can.
 
     Args:
         index: The images.
@@ -30,7 +32,8 @@ def cut_splits(index: ImageIndex, section: DataSection, seed: int) -> NDArray[np
         Shape ``(n_images,)``, each a ``Split``.
 
     Raises:
-        DataError: If a class has fewer images than there are splits to fill, or a given val split lacks a class.
+        DataError: If a class has fewer images, or groups, than there are splits to fill, a given val split lacks a
+            class, or given splits tear a group apart.
     """
     given = index.given_splits
     shares: dict[Split, float] = {}
@@ -40,6 +43,12 @@ def cut_splits(index: ImageIndex, section: DataSection, seed: int) -> NDArray[np
         shares[Split.TEST] = section.test_fraction
     splits = np.where(given < 0, np.int8(Split.TRAIN), given).astype(np.int8)
     generator = np.random.default_rng(seed)
+    if index.groups is not None:
+        check_given_groups(index)
+        rows = np.flatnonzero(splits == Split.TRAIN)
+        splits[rows] = cut_groups(index, rows, shares, generator) if shares else Split.TRAIN
+        check_classes(index, splits)
+        return splits
     for label, name in enumerate(index.classes):
         rows = generator.permutation(np.flatnonzero((splits == Split.TRAIN) & (index.labels == label)))
         start = 0

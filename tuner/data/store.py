@@ -145,6 +145,14 @@ def open_store(
     return store
 
 
+def find_store(
+    index: ImageIndex, rows: NDArray[np.int64], section: DataSection, *, interpolation: str
+) -> PixelStore | None:
+    """Return decoded images if they are in the cache; nothing is decoded or compared with its checksum."""
+    job = _make_job(index, rows, section, interpolation)
+    return _read_store(_place(job), job)
+
+
 def check_room(
     index: ImageIndex, rows: NDArray[np.int64], section: DataSection, *, interpolations: Iterable[str]
 ) -> int:

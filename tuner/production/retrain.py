@@ -10,9 +10,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from tuner.data.content import list_digests
+from tuner.data.duplicates import Compared, Duplicates, describe_exact, describe_near, find_duplicates
 from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import Split
-from tuner.data.splits import has_test
+from tuner.data.splits import has_test, unlock_test
 from tuner.errors import DataError, ExportError, ModelError
 from tuner.production.evaluate import evaluate_model
 from tuner.production.machine import choose_device, reporting_memory, using_cores
@@ -28,6 +30,7 @@ from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult
 
 Announce = Callable[[str], None]
+_MEMORY_ADVICE = "free some, or choose another --device"
 
 
 def train_best(
@@ -113,7 +116,10 @@ class _Retraining:
         """Train, look at test, and write the folder."""
         # Decoded first, so that an unreadable test image does not show after hours of training. No model has seen it.
         test = self._open_test()
-        model, n_images = self._train_model()
+        with reporting_memory(self._device, n_images=self._params.batch_size, advice=_MEMORY_ADVICE):
+            images = self._load_images(Split.TRAIN, Split.VAL)
+        duplicates = None if test is None else self._compare_with_test(test, images)
+        model = self._train_model(images)
         scores = None if test is None else self._look_at_test(model, test, folder)
         recipe = self._recipe
         result = TrainResult(
@@ -122,9 +128,10 @@ class _Retraining:
             number=recipe.number,
             objective=recipe.spec.study.objective,
             search_value=recipe.value,
-            n_trained_images=n_images,
+            n_trained_images=len(images.labels),
             classes=self._data.index.classes,
             test=scores,
+            test_duplicates=duplicates,
         )
         write_package(folder, model, self._describe_model(), lambda path: add_result_files(path, result, recipe.tables))
         return result
@@ -139,22 +146,35 @@ class _Retraining:
             raise DataError("data: test must hold images of the study's classes, got none")
         return test
 
+    def _compare_with_test(self, test: ImageSet, trained: ImageSet) -> Duplicates:
+        """Say before anything is trained which test images are among those that the model will have seen."""
+        index, _ = unlock_test(self._data.index, self._data.splits)
+
+        def take(images: ImageSet) -> Compared:
+            rows = images.rows.numpy()
+            names = tuple(index.names[row] for row in rows)
+            return Compared(names=names, digests=list_digests(index, rows), pixels=images.pixels.numpy())
+
+        duplicates = find_duplicates(take(test), take(trained))
+        for describe in (describe_exact, describe_near):
+            for line in describe(duplicates, held_out="test", others="train + val"):
+                self._announce(line)
+        return duplicates
+
     def _load_images(self, *which: Split) -> ImageSet:
         index, splits, section = self._data.index, self._data.splits, self._recipe.spec.data
         interpolation = self._preprocessing.interpolation
         return load_image_set(index, splits, section, which, interpolation=interpolation, n_threads=self._n_threads)
 
-    def _train_model(self) -> tuple[nn.Module, int]:
-        """Return the trained model, and the number of images that it was trained on."""
+    def _train_model(self, images: ImageSet) -> nn.Module:
+        """Return a model trained on the images of train and val."""
         params, device = self._params, self._device
-        advice = "free some, or choose another --device"
-        with reporting_memory(device, n_images=params.batch_size, advice=advice):
-            images = move_to(self._load_images(Split.TRAIN, Split.VAL), device)
+        with reporting_memory(device, n_images=params.batch_size, advice=_MEMORY_ADVICE):
+            images = move_to(images, device)
             model = prepare_model(params, self._recipe.spec, images.n_classes, self._pretrain())
-            n_images = len(images.labels)
             self._announce(
-                f"retraining trial {self._recipe.number} ({params.backbone}) on {n_images} images of train + val, "
-                f"{params.epochs} epochs, {device}"
+                f"retraining trial {self._recipe.number} ({params.backbone}) on {len(images.labels)} images of "
+                f"train + val, {params.epochs} epochs, {device}"
             )
             job = TrainingJob(
                 model=model, params=params, train=images, val=None, preprocessing=self._preprocessing, device=device
@@ -164,7 +184,7 @@ class _Retraining:
             except Diverged as error:
                 what = f"must converge on train + val too, got: {error}"
                 raise ModelError(f"trial {self._recipe.number}: its recipe {what}") from error
-        return model, n_images
+        return model
 
     def _announce_epoch(self, epoch: int, loss: float) -> None:
         self._announce(f"epoch {epoch} of {self._params.epochs}: training loss {loss:.4f}")

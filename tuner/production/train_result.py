@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tuner.data.duplicates import Duplicates
 from tuner.production.best import write_toml
 from tuner.production.confusion_picture import draw_confusion
 from tuner.production.evaluate import accuracy_interval, count_images, describe_scores
@@ -35,11 +36,14 @@ class TrainResult:
     classes: tuple[str, ...]
     test: Scores | None
     """From the one look at test; None without a test split."""
+    test_duplicates: Duplicates | None = None
+    """Test images that are among those of train and val too; None without a test split."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``metrics.json`` holds."""
         return {
             "test": describe_scores(self.test, self.classes) if self.test else None,
+            "test_duplicates": self.test_duplicates.to_json() if self.test_duplicates else None,
             "search": {
                 "study": self.study,
                 "trial": self.number,

@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from time import perf_counter
@@ -11,16 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from tuner.data.duplicates import describe_exact, describe_near
 from tuner.data.index import Split
 from tuner.data.splits import has_test, pack_splits, search_rows
-from tuner.data.store import check_room
+from tuner.data.store import check_room, find_store
 from tuner.models.backbone import check_forward, create_backbone, read_preprocessing
 from tuner.models.hub import check_reach
 from tuner.models.layers import group_layers
 from tuner.models.weights import find_weights, load_weights
 from tuner.paths import cache_root
 from tuner.service.messages import Description
-from tuner.service.study_data import StudyData
+from tuner.service.study_data import StudyData, compare_search_splits
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.spec.space import PARAMETERS, Choices, FloatRange, IntRange
 from tuner.training.pretrain import find_pretrained, identify_pretraining
@@ -66,7 +68,7 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
         store_bytes=store_bytes,
         free_bytes=shutil.disk_usage(cache_root()).free,
         seconds_per_image=seconds_per_image,
-        notes=_list_notes(spec, data),
+        notes=(*_list_duplicates(spec, data, interpolations if timed else ()), *_list_notes(spec, data)),
     )
 
 
@@ -109,6 +111,19 @@ def _count_splits(data: StudyData) -> dict[str, int]:
 def _list_versions() -> dict[str, str]:
     versions = {name: version(name) for name in ("tuner", "torch", "torchvision", "timm", "numpy", "pillow")}
     return {"python": sys.version.split()[0], **versions}
+
+
+def _list_duplicates(spec: StudySpec, data: StudyData, interpolations: Iterable[str]) -> tuple[str, ...]:
+    """Return lines on exact duplicates, and on near ones where images have been decoded already; a run decodes them."""
+    rows = search_rows(data.splits)
+    stores = (find_store(data.index, rows, spec.data, interpolation=each) for each in sorted(interpolations))
+    store = next((store for store in stores if store is not None), None)
+    duplicates = compare_search_splits(data, store)
+    return tuple(
+        line
+        for describe in (describe_exact, describe_near)
+        for line in describe(duplicates, held_out="val", others="train")
+    )
 
 
 def _list_notes(spec: StudySpec, data: StudyData) -> tuple[str, ...]:

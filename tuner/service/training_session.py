@@ -7,6 +7,7 @@ from pathlib import Path
 from time import sleep
 from typing import Never
 
+from tuner.data.duplicates import describe_near
 from tuner.data.splits import search_rows
 from tuner.data.store import open_store
 from tuner.errors import DataError
@@ -16,6 +17,7 @@ from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
 from tuner.service.slots import usable_cores
+from tuner.service.study_data import compare_search_splits
 from tuner.service.workbench import Workbench
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
 from tuner.training.device import release_memory
@@ -80,6 +82,8 @@ class TrainingSession:
             shown = ", ".join(f"{image.name} ({image.reason})" for image in store.bad[:_N_NAMED])
             more = f" and {len(store.bad) - _N_NAMED} more" if len(store.bad) > _N_NAMED else ""
             self._bench.note(f"left out, they cannot be decoded: {shown}{more}")
+        for line in describe_near(compare_search_splits(self._data, store), held_out="val", others="train"):
+            self._bench.note(line)
 
     def _pretrain(self, backbone: str) -> None:
         epochs: list[EpochResult] = []

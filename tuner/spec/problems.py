@@ -112,6 +112,9 @@ def _find_data_problems(data: DataSection, where: str) -> list[str]:
         problems.append(f"{where}.dataset: must be left out with source = {data.source!r}, got {data.dataset!r}")
     if data.source == "digits" and data.path:
         problems.append(f"{where}.path: must be left out with source = 'digits', got {data.path!r}")
+    if data.source != "csv" and data.group is not None:
+        got = f"got {data.group!r}; only csv tables name groups"
+        problems.append(f"{where}.group: must be left out with source = {data.source!r}, {got}")
     if data.test_fraction and data.val_fraction + data.test_fraction >= 1:
         total = data.val_fraction + data.test_fraction
         problems.append(f"{where}: val_fraction + test_fraction must be less than 1, got {total:g}")

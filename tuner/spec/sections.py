@@ -137,6 +137,8 @@ class DataSection(Section):
     """torchvision only: the class in torchvision.datasets, such as FashionMNIST."""
     classes: Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Keep only these classes, in this order. Default: all, sorted by name."""
+    group: str | None = None
+    """csv only: a column such as patient or scene; images with the same text in it stay in one split. Default: none."""
     image_size: Annotated[int, _within(MIN_IMAGE_SIZE, MAX_IMAGE_SIZE)] = 224
     """Height and width that every image is resized to, in px."""
     resize: Literal["squash", "crop"] = "squash"

@@ -147,7 +147,7 @@ def _make_plan(name: str, spec: StudySpec) -> _Plan:
 def _list_facts(plan: _Plan) -> dict[str, Any]:
     """Return everything that decides the pretrained weights, by content and not by path."""
     pretraining = plan.pretraining.model_dump(mode="json")
-    for irrelevant in ("path", "max_bad_fraction"):
+    for irrelevant in ("path", "max_bad_fraction", "group"):  # groups count through the splits that they make
         del pretraining["data"][irrelevant]
     return {
         "format": _FORMAT,

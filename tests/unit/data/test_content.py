@@ -1,13 +1,15 @@
 """The identity of the images is what is in them."""
 
 import os
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tuner.data.content import hash_content
-from tuner.data.index import ImageIndex
+from tuner.data.content import hash_content, list_digests
+from tuner.data.index import ImageIndex, join_indexes
 from tuner.data.sources import read_index
 from tuner.spec.sections import DataSection
 
@@ -100,3 +102,40 @@ def test_hash_content_of_arrays_is_that_of_their_stamps() -> None:
     """The digits have no files; their stamps are hashes already."""
     index = read_index(DataSection(source="digits"))
     assert hash_content(index, ROWS) != hash_content(index, ROWS[:2])
+
+
+def test_list_digests_are_equal_for_equal_bytes_alone(tmp_path: Path, cache: Path) -> None:
+    """What cannot be read has none; what is remembered is the same."""
+    section = write_files(tmp_path / "x", last=b"1")
+    (tmp_path / "x/a/1.bmp").unlink()
+    (tmp_path / "x/a/1.bmp").mkdir()
+    index = read_index(section)
+    rows = np.arange(len(index.names))
+    digests = dict(zip(index.names, list_digests(index, rows), strict=True))
+    assert digests["a/0.bmp"] == digests["b/1.bmp"] != digests["b/0.bmp"]
+    assert list_digests(forbid_reading(index), rows) == tuple(digests.values())
+
+
+def test_list_digests_of_what_cannot_be_read_is_empty(tmp_path: Path) -> None:
+    """Two files that have vanished are not copies of each other."""
+    index = read_index(write_files(tmp_path / "x"))
+    (tmp_path / "x/a/0.bmp").unlink()
+    (tmp_path / "x/b/0.bmp").unlink()
+    assert [bool(digest) for digest in list_digests(index, ROWS)] == [False, True, False]
+
+
+def test_list_digests_of_arrays_are_their_stamps() -> None:
+    """Stamps of files are sizes, which say nothing of what is in them."""
+    index = read_index(DataSection(source="digits"))
+    assert list_digests(index, ROWS) == index.stamps[:3]
+    assert list_digests(replace(index, read_version=str), ROWS) == ("", "", "")
+    assert list_digests(join_indexes(index, index), ROWS) == index.stamps[:3]
+
+
+def test_hash_content_stays_what_it_was(tmp_path: Path) -> None:
+    """Studies are resumed by it."""
+    index = read_index(write_files(tmp_path / "x"))
+    assert (
+        hash_content(index, ROWS)
+        == sha256("".join(sha256(each).hexdigest() for each in (b"1", b"2", b"3")).encode()).hexdigest()
+    )

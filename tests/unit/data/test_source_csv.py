@@ -35,6 +35,13 @@ def test_read_csv_lists_images(tmp_path: Path) -> None:
         assert image.size == (4, 4)
 
 
+def test_read_csv_reads_groups(tmp_path: Path) -> None:
+    """They follow their images into the order of names; without the key the column is one of no interest."""
+    section = write_table(tmp_path, "path,label,patient", "b.png,dog,p 2", "a.png,cat, p1", "c.png,dog,p1 ")
+    assert read_csv(section).groups is None
+    assert read_csv(section.model_copy(update={"group": "patient"})).groups == ("p1", "p 2", "p1")
+
+
 def test_read_csv_reads_given_splits_without_looking_at_test_files(tmp_path: Path) -> None:
     """Files of the test split need not even exist."""
     section = write_table(

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tuner.data.duplicates import Duplicates
 from tuner.data.index import Split
 from tuner.errors import DataError, DeviceError, ExportError, ModelError, StudyError
 from tuner.models.small_cnn import SmallCNN
@@ -24,7 +25,7 @@ from tuner.training.metrics import score_predictions
 from tuner.training.package import read_manifest
 from tuner.training.pretrain import find_pretrained
 
-from .builders import CLASSES, SMALL_CNN, make_spec, read_attrs, store_example
+from .builders import CLASSES, SMALL_CNN, make_spec, read_attrs, store_example, store_study, write_images
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,31 @@ def test_train_best_records_every_look_at_test(tmp_path: Path) -> None:
     looks = [line for line in lines if line.startswith("looking at test")]
     assert looks[0] == "looking at test once: 10 images"
     assert looks[1].startswith("looking at test once: 10 images; earlier looks: 1, ")
+
+
+def test_train_best_names_test_images_that_the_model_has_seen(tmp_path: Path) -> None:
+    """Before it trains: the same file, and one that was saved again; both are in metrics.json."""
+    write_images(tmp_path / "images")
+    spec = make_spec(tmp_path)
+    before = read_study_data(spec)
+    tests, trains, (seen, *_) = (
+        [before.index.names[row] for row in np.flatnonzero(before.splits == split)]
+        for split in (Split.TEST, Split.TRAIN, Split.VAL)
+    )
+    (tmp_path / "images" / tests[3]).write_bytes((tmp_path / "images" / seen).read_bytes())
+    with Image.open(tmp_path / "images" / trains[2]) as image:
+        image.save(tmp_path / "images" / tests[1], "BMP")
+    url = store_study(tmp_path, spec)
+    lines: list[str] = []
+    result = train_best("sides", tmp_path / "out", storage=url, device="cpu", announce=lines.append)
+    assert result.test_duplicates == Duplicates(exact=((tests[3], seen),), near=((tests[1], trains[2]),))
+    assert [line.split(" of test")[0] for line in lines[:2]] == [
+        "exact duplicates: 1 image",
+        "near duplicates (the same picture saved again): 1 image",
+    ]
+    assert lines[2].startswith("retraining")
+    expected = {"exact": [[tests[3], seen]], "near": [[tests[1], trains[2]]]}
+    assert read_metrics(tmp_path / "out")["test_duplicates"] == expected
 
 
 def test_train_best_without_a_test_split_has_no_unbiased_number(tmp_path: Path) -> None:

@@ -110,6 +110,10 @@ def test_list_problems_names_key_rule_and_value(more: str, problem: str) -> None
             'source = "digits"\nval_fraction = 0.6\ntest_fraction = 0.5',
             "data: val_fraction + test_fraction must be less than 1, got 1.1",
         ),
+        (
+            'source = "image_folder"\npath = "x"\ngroup = "patient"',
+            "data.group: must be left out with source = 'image_folder', got 'patient'; only csv tables name groups",
+        ),
         ('source = "digits"\nval_fraction = 1.0', "data.val_fraction: must lie in (0, 1), got 1.0"),
         ('source = "digits"\nval_fraction = nan', "data.val_fraction: must lie in (0, 1), got nan"),
         ('source = "digits"\nmax_bad_fraction = 1', "data.max_bad_fraction: must lie in [0, 1), got 1"),

@@ -20,7 +20,7 @@ from tuner.spec.sections import (
 )
 from tuner.spec.space import Choices
 from tuner.training.prepare import prepare_model
-from tuner.training.pretrain import find_pretrained, pretrain_backbone
+from tuner.training.pretrain import find_pretrained, identify_pretraining, pretrain_backbone
 from tuner.trial import EpochResult
 
 from .builders import CPU, make_params
@@ -121,6 +121,13 @@ def test_pretrain_backbone_trains_anew_without_a_digest(log: str | None) -> None
     if log is not None:
         path.with_suffix(".json").write_text(log)
     assert find_pretrained(NAME, make_spec(epochs=1)) == (path, False)
+
+
+def test_identify_pretraining_knows_groups_by_their_splits_alone() -> None:
+    """The key of groups is younger than stored studies: without it their pretraining is the same as before."""
+    source = DataSection(source="digits", classes=("0", "1"), image_size=8)
+    grouped = make_spec(data=source.model_copy(update={"group": "patient"}))
+    assert identify_pretraining(NAME, grouped) == identify_pretraining(NAME, make_spec())
 
 
 def test_pretrain_backbone_tells_that_it_diverged() -> None:
