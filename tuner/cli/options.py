@@ -15,9 +15,9 @@ json_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
 )
 
 
-def say(text: object) -> None:
+def say(text: object, *, err: bool = False) -> None:
     """Print lines for a person; nothing in them that a database or a file brought moves the terminal's cursor."""
-    click.echo(as_printable_lines(text))
+    click.echo(as_printable_lines(text), err=err)
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
