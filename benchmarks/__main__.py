@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from benchmarks.cases import decode, faults, fuzz, growth, memory, search_speed, step_overhead, trial_book
+from benchmarks.cases import decode, faults, fuzz, growth, honesty, memory, search_speed, step_overhead, trial_book
 from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
 from benchmarks.search_settings import NAME as SEARCH_SPEED
@@ -23,18 +23,19 @@ CASES = {
         fuzz.CASE,
     )
 }
-"""Those of one table; ``search_speed`` has options and a result of its own."""
+"""Those of one table; ``search_speed`` and ``honesty`` have a result of their own."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the named cases, or all. Smoke mode is small, and keeps nothing."""
-    known = (*CASES, SEARCH_SPEED)
+    known = (*CASES, SEARCH_SPEED, honesty.NAME)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--smoke", action="store_true", help="seconds, with tiny data; keeps nothing")
     parser.add_argument("--repeats", type=int, metavar="N", help="instead of the case's own number")
     parser.add_argument("--images", metavar="DIR", help=f"data sets as zip files [{IMAGES_VARIABLE}]")
     parser.add_argument("--weights", metavar="DIR", help=f"weights with a JSON file each [{WEIGHTS_VARIABLE}]")
+    parser.add_argument("--studies", type=int, default=honesty.DEFAULT_STUDIES, metavar="N", help="of honesty, in all")
     add_options(parser)
     faults.add_options(parser)
     options = parser.parse_args(arguments)
@@ -48,6 +49,9 @@ def main(arguments: list[str]) -> int:
     for name in options.cases or known:
         if name == SEARCH_SPEED:
             search_speed.main(options)
+            continue
+        if name == honesty.NAME:
+            honesty.main(options)
             continue
         case = cases[name]
         repeats = 1 if options.smoke else options.repeats or case.n_repeats

@@ -62,6 +62,25 @@ class TrialParams:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """One training of a trial that is trained more than once, or elsewhere than on the study's own train and val."""
+
+    seed: int
+    """In place of the recipe's."""
+    n_folds: int = 0
+    """Stratified folds that train and val are cut into anew, together; 0: the study's own train and val."""
+    fold: int = 0
+    """The one that validates, from 0; the others train."""
+    cut_seed: int = 0
+    """Of the folds. In [0, 2**32)."""
+
+    @property
+    def split(self) -> tuple[int, int, int]:
+        """What says which images train and which validate."""
+        return (self.n_folds, self.fold, self.cut_seed) if self.n_folds else (0, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochResult:
     """What one epoch of training showed."""
 
@@ -81,6 +100,10 @@ class EpochResult:
     """Wall time of training and validation."""
     images_per_second: float
     """Training images over the seconds that training them took."""
+    val_seconds: float = 0.0
+    """Of the seconds, those of validation."""
+    repeat: int = 0
+    """Which of the trial's trainings, from 0."""
 
     def objective_value(self, objective: str) -> float:
         """Return the value of a study's objective, such as ``val_accuracy``."""

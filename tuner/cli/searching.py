@@ -84,7 +84,7 @@ def run(  # noqa: PLR0917 - click passes each option
     spec = _override(load_spec(study_file), trials, timeout)
     display = make_display(quiet=quiet or as_json)
     status = run_study(spec, storage=storage, n_workers=workers, display=display)
-    again = [str(study_file)]
+    again = ["run", str(study_file)]
     for option, value in (("--trials", trials), ("--timeout", timeout), ("--workers", workers), ("--storage", storage)):
         again += [] if value is None else [option, str(value)]
     say(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, again))
@@ -93,7 +93,7 @@ def run(  # noqa: PLR0917 - click passes each option
 
 def _override(spec: "StudySpec", trials: int | None, timeout: str | None) -> "StudySpec":
     """Return the spec with what the command line says instead."""
-    from tuner.spec.sections import parse_duration
+    from tuner.spec.durations import parse_duration
 
     changes: dict[str, object] = {} if trials is None else {"n_trials": trials}
     if timeout is not None:
@@ -111,11 +111,21 @@ def _conclude(status: "StudyStatus", again: list[str]) -> str:
 
     lines = [describe_status(status)]
     if status.stopped_by != "done":
-        why = {"timeout": "the timeout", "sigint": "Ctrl-C", "sigterm": "SIGTERM"}[status.stopped_by]
-        lines.append(f"stopped by {why}; go on: {shlex.join(['tuner', 'run', *again])}")
+        why = {
+            "timeout": "the timeout",
+            "budget": "the end of its budget",
+            "sigint": "Ctrl-C",
+            "sigterm": "SIGTERM",
+        }[status.stopped_by]
+        more = "raise search.budget, then " if status.stopped_by == "budget" else ""
+        lines.append(f"stopped by {why}; go on: {more}{shlex.join(['tuner', *again])}")
     if status.best:
         where = [] if status.storage == resolve_url() else ["--storage", status.storage]
         code = ["--allow-code"] if status.best.needs_code else []
+        confirm = []
+        if status.confirmation is None:
+            command = shlex.join(["tuner", "confirm", status.name, *where])
+            confirm = [f"  {command}   # the best of many is partly luck: train the best few on fresh seeds"]
         best, train, board = (
             shlex.join(["tuner", *arguments, *where])
             for arguments in (
@@ -126,11 +136,43 @@ def _conclude(status: "StudyStatus", again: list[str]) -> str:
         )
         lines += [
             "next:",
+            *confirm,
             f"  {best}   # the recipe, for your own training",
             f"  {train}   # retrain it on train + val, look at test once",
             f"  {board}   # see every trial",
         ]
     return "\n".join(lines)
+
+
+@click.command()
+@click.argument("study")
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Recipes to train again.")
+@click.option("--seeds", type=click.IntRange(min=2), default=3, show_default=True, help="Fresh seeds for each.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Workers, instead of one per device or core.")
+@storage_option
+@click.option("--quiet", is_flag=True, help="Print the result only.")
+@json_option
+def confirm(  # noqa: PLR0917 - click passes each option
+    study: str, top: int, seeds: int, workers: int | None, storage: str | None, quiet: bool, as_json: bool
+) -> int:
+    """Train the best few recipes again on fresh seeds, and say what production will get.
+
+    Of many trials the best is partly the luckiest: its own number is too good. Stop it any time: the same command
+    goes on.
+
+    \b
+    Example:
+      tuner confirm digits --top 5 --seeds 3
+    """
+    from tuner.service.coordinator import confirm_study
+    from tuner.service.progress import make_display
+
+    display = make_display(quiet=quiet or as_json)
+    status = confirm_study(study, top=top, n_seeds=seeds, storage=storage, n_workers=workers, display=display)
+    again = ["confirm", study, "--top", str(top), "--seeds", str(seeds)]
+    again += ["--storage", storage] if storage else []
+    say(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, again))
+    return _STOP_CODES.get(status.stopped_by, 0)
 
 
 @click.command()

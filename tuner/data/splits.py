@@ -37,7 +37,7 @@ def cut_splits(index: ImageIndex, section: DataSection, seed: int) -> NDArray[np
     """
     given = index.given_splits
     shares: dict[Split, float] = {}
-    if not (given == Split.VAL).any():
+    if cuts_val(index):
         shares[Split.VAL] = section.val_fraction
     if section.test_fraction is not None and not has_test(index, given):
         shares[Split.TEST] = section.test_fraction
@@ -94,6 +94,11 @@ def check_classes(index: ImageIndex, splits: NDArray[np.int8]) -> None:
 def search_rows(splits: NDArray[np.int8]) -> NDArray[np.int64]:
     """Return the rows that a search may open: train, then val, so that each is one stretch of a store."""
     return np.concatenate([np.flatnonzero(splits == split) for split in (Split.TRAIN, Split.VAL)])
+
+
+def cuts_val(index: ImageIndex) -> bool:
+    """Whether val is cut from the train images; else the data gives it."""
+    return not (index.given_splits == Split.VAL).any()
 
 
 def has_test(index: ImageIndex, splits: NDArray[np.int8]) -> bool:

@@ -4,50 +4,83 @@ import re
 from typing import Any
 
 import tomli_w
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner.errors import ExportError
 from tuner.production.reading import open_stored
-from tuner.search.studies import StoredStudy, find_best, read_params
+from tuner.search.confirmation import read_confirmation
+from tuner.search.studies import StoredStudy, read_params
 from tuner.search.study_facts import explain_damage
+from tuner.search.warm_start import find_winner
 from tuner.spec.sections import BackboneSection
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def best_params(study: str, *, storage: str | None = None) -> dict[str, Any]:
-    """Return the recipe of a study's best trial.
+def best_params(study: str, *, storage: str | None = None, trial: int | None = None) -> dict[str, Any]:
+    """Return the recipe of a study's best trial: the confirmed one, else the best of the search.
 
     Args:
         study: The study's name.
+        trial: The number of another completed trial to take.
         storage: SQLite URL; default: ``TUNER_STORAGE``, else ``sqlite:///studies.db``.
 
     Returns:
         JSON: ``params`` is the whole resolved recipe, ``data`` how images are prepared, ``backbone`` how the backbone
-        is made, and ``trial`` where all of it comes from.
+        is made, ``trial`` where all of it comes from, and ``confirmed``, if it was, what it showed on fresh seeds.
 
     Raises:
-        ExportError: If no trial completed.
+        ExportError: If no trial completed, or not the one that was asked for.
         StudyError, StorageError: If there is no such study, or what is stored with it cannot be read.
     """
     with open_stored(study, storage) as (stored, _):
-        trial = find_best(stored.study)
-        if trial is None:
+        chosen = find_winner(stored.study) if trial is None else _find_completed(stored, trial)
+        if chosen is None:
             raise ExportError(f"study {study!r}: at least one trial must have completed, got none; 'tuner run' goes on")
-        recipe = read_params(trial)
+        recipe = read_params(chosen)
         with explain_damage(f"study {study!r}"):
             data = _describe_data(stored, recipe["backbone"])
             backbone = _describe_backbone(stored, recipe["backbone"])
+            confirmed = _describe_confirmed(stored, chosen.number)
         return {
             "trial": {
                 "study": study,
-                "number": trial.number,
+                "number": chosen.number,
                 "objective": stored.spec.study.objective,
-                "value": trial.value,
+                "value": chosen.value,
             },
             "params": recipe,
             "data": data,
             "backbone": backbone,
+            **({"confirmed": confirmed} if confirmed else {}),
         }
+
+
+def _find_completed(stored: StoredStudy, number: int) -> FrozenTrial:
+    trials = stored.study.get_trials(deepcopy=False)
+    if number >= len(trials) or trials[number].state != TrialState.COMPLETE:
+        got = trials[number].state.name.lower() if number < len(trials) else f"{len(trials)} trials"
+        raise ExportError(f"study {stored.name!r}: trial {number} must be a completed one, got {got}")
+    return trials[number]
+
+
+def _describe_confirmed(stored: StoredStudy, number: int) -> dict[str, Any] | None:
+    """Return what a trial's recipe showed on fresh seeds; None if it was not confirmed."""
+    found = read_confirmation(stored.study)
+    candidates = found.candidates if found else ()
+    candidate = next((each for each in candidates if each.trial == number), None)
+    if found is None or candidate is None:
+        return None
+    described: dict[str, Any] = {
+        "mean": candidate.mean,
+        "standard_deviation": candidate.deviation,
+        "values": list(candidate.values),
+        "n_folds": found.n_folds,
+    }
+    if candidate is found.winner:
+        described["accuracy"] = found.prediction.accuracy
+        described["accuracy_interval_95"] = [found.prediction.low, found.prediction.high]
+    return described
 
 
 def _describe_data(stored: StoredStudy, backbone: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def train_best(
     storage: str | None = None,
     device: str = "auto",
     allow_code: bool = False,
+    trial: int | None = None,
     announce: Announce | None = None,
 ) -> TrainResult:
     """Retrain a study's best recipe on train + val, evaluate it on test once, and write the model folder.
@@ -52,6 +53,7 @@ def train_best(
         storage: SQLite URL; default: ``TUNER_STORAGE``, else ``sqlite:///studies.db``.
         device: ``auto``, ``cpu`` or ``cuda:N``.
         allow_code: Whether a backbone that is a user's function may be imported and called.
+        trial: Number of the completed trial to retrain; default: the confirmed best, else the best of the search.
         announce: Told what is going on, a line at a time.
 
     Raises:
@@ -63,7 +65,7 @@ def train_best(
     announce = announce or _say_nothing
     folder = Path(out)
     check_place(folder)
-    recipe = read_recipe(study, storage)
+    recipe = read_recipe(study, storage, trial)
     permit_code(recipe, allow_code=allow_code)
     chosen = choose_device(device)
     data = read_data(recipe)

@@ -58,14 +58,14 @@ class StoredRecipe:
         return Preprocessing(mean=tuple(data["mean"]), std=tuple(data["std"]), interpolation=data["interpolation"])
 
 
-def read_recipe(study: str, storage: str | None) -> StoredRecipe:
-    """Read the best recipe of a study.
+def read_recipe(study: str, storage: str | None, trial: int | None = None) -> StoredRecipe:
+    """Read the best recipe of a study, or that of one of its trials.
 
     Raises:
         ExportError: If no trial completed.
         StudyError, StorageError: If there is no such study.
     """
-    tables = best_params(study, storage=storage)
+    tables = best_params(study, storage=storage, trial=trial)
     with open_stored(study, storage) as (stored, url):
         return StoredRecipe(study=study, storage=url, spec=stored.spec, facts=stored.facts, tables=tables)
 

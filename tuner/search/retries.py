@@ -1,8 +1,8 @@
 """Trials that are tried again: how often, and what the next attempt knows of the first."""
 
-from typing import Any
+from typing import Any, Protocol
 
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner.search.screening import DEEPER_ATTR
 from tuner.search.trial_attrs import ATTEMPT_ATTR, MAX_RETRIES, SCREEN_ATTR
@@ -10,7 +10,19 @@ from tuner.search.trial_attrs import ATTEMPT_ATTR, MAX_RETRIES, SCREEN_ATTR
 _FIRST_ATTR = "first_attempt"
 
 
-def find_origin(trial: Trial | FrozenTrial) -> int:
+class Numbered(Protocol):
+    """A trial, running or not."""
+
+    @property
+    def number(self) -> int:
+        """Its number in the study."""
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """What is stored with it."""
+
+
+def find_origin(trial: Numbered) -> int:
     """Return the number of a trial's first attempt, from which all attempts have their seed and their checkpoint."""
     return int(trial.user_attrs.get(_FIRST_ATTR, trial.number))
 
@@ -20,7 +32,7 @@ def is_begun(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.RUNNING or _FIRST_ATTR in trial.user_attrs
 
 
-def count_attempts(trial: Trial | FrozenTrial) -> int:
+def count_attempts(trial: Numbered) -> int:
     """Return how often a trial's point was lost with its worker, its cohort or its files before."""
     return int(trial.user_attrs.get(ATTEMPT_ATTR, 0))
 

@@ -18,7 +18,7 @@ from optuna.trial import TrialState as OptunaState
 
 from tuner.search.distributions import SANE_LR, Point, list_values, project_value
 from tuner.search.samplers import derive_seed, make_sampler
-from tuner.search.trial_attrs import SCREEN_ATTR, is_given_up
+from tuner.search.trial_attrs import SCREEN_ATTR, is_confirmation, is_given_up
 from tuner.spec.sections import StudySpec
 
 DEEPER_ATTR = "after_screen"
@@ -45,8 +45,13 @@ def is_screen(trial: FrozenTrial) -> bool:
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial counts towards ``n_trials``: COMPLETE or PRUNED, and not of the screen."""
-    return trial.state in {OptunaState.COMPLETE, OptunaState.PRUNED} and not is_screen(trial)
+    """Whether a trial counts towards ``n_trials``: COMPLETE or PRUNED, and proposed by the search."""
+    return trial.state in {OptunaState.COMPLETE, OptunaState.PRUNED} and is_of_search(trial)
+
+
+def is_of_search(trial: FrozenTrial) -> bool:
+    """Whether the search itself proposed a trial: it neither belongs to the screen nor confirms another one."""
+    return not is_screen(trial) and not is_confirmation(trial)
 
 
 def list_screen_points(spec: StudySpec, distributions: Mapping[str, BaseDistribution]) -> list[QueuedPoint]:
@@ -201,7 +206,7 @@ def measure_agreement(trials: Iterable[FrozenTrial], direction: StudyDirection) 
     scores: dict[str, list[float]] = defaultdict(list)
     for trial in trials:
         is_deeper = trial.user_attrs.get("unfrozen_layers_resolved", 0) > _HEAD_ALONE
-        if is_deeper and trial.state == OptunaState.COMPLETE and not is_screen(trial) and "backbone" in trial.params:
+        if is_deeper and trial.state == OptunaState.COMPLETE and is_of_search(trial) and "backbone" in trial.params:
             scores[trial.params["backbone"]].append(_score(trial, direction))
     pairs = [
         (_score(trial, direction), max(scores[name]))

@@ -18,9 +18,9 @@ from tuner.search.mirror import MirrorStorage
 from tuner.search.patience import Patience
 from tuner.search.pruners import make_pruner, make_screened_pruner
 from tuner.search.samplers import make_sampler
-from tuner.search.screening import is_screen
+from tuner.search.screening import is_of_search
 from tuner.search.study_facts import StudyFacts, explain_damage, find_changed_facts
-from tuner.search.trial_attrs import PARAMS_ATTR
+from tuner.search.trial_attrs import PARAMS_ATTR, is_confirmation
 from tuner.search.urls import is_file_url
 from tuner.spec.sections import StudySpec
 from tuner.spec.suggestions import did_you_mean
@@ -29,7 +29,8 @@ from tuner.trial import TrialParams
 SPEC_ATTR = "tuner:spec"
 FACTS_ATTR = "tuner:facts"
 _FREE_KEYS = re.compile(
-    r"study\.storage|search\..*|workers\..*|enqueue|(pretraining\.)?data\.path|backbones\..*\.weights"
+    r"study\.storage|search\.(?!seeds_per_trial).*|workers\..*|enqueue|warm_start(\..*)?|"
+    r"(pretraining\.)?data\.path|backbones\..*\.weights"
 )
 """Keys that may differ when a study is reopened: data and weights are compared by content instead."""
 
@@ -243,20 +244,24 @@ def count_wanted(stored: StoredStudy) -> int:
 
 
 def count_states(study: optuna.Study) -> dict[str, int]:
-    """Return how many trials are in each of Optuna's states, those of the screen left out."""
+    """Return how many trials are in each of Optuna's states, of those that the search proposed."""
     counts = {state.name: 0 for state in OptunaState}
     for trial in study.get_trials(deepcopy=False):
-        counts[trial.state.name] += not is_screen(trial)
+        counts[trial.state.name] += is_of_search(trial)
     return counts
 
 
 def find_best(study: optuna.Study) -> FrozenTrial | None:
     """Return the best completed trial, the earliest of equals, or None if none completed."""
+    return next(iter(rank_trials(study)), None)
+
+
+def rank_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the completed trials, the best first and the earlier of equals; those that confirm others left out."""
     complete = study.get_trials(deepcopy=False, states=(OptunaState.COMPLETE,))
-    if not complete:
-        return None
     sign = -1 if study.direction == optuna.study.StudyDirection.MINIMIZE else 1
-    return max(complete, key=lambda trial: (sign * (trial.value or 0.0), -trial.number))
+    own = (trial for trial in complete if not is_confirmation(trial))
+    return sorted(own, key=lambda trial: (-sign * (trial.value or 0.0), trial.number))
 
 
 def delete_stored(storage: RDBStorage, name: str) -> None:

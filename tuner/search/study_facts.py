@@ -30,6 +30,8 @@ class StudyFacts:
     preprocessing: dict[str, dict[str, Any]]
     """``mean``, ``std`` and ``interpolation`` of each backbone."""
     versions: dict[str, str]
+    max_folds: int = 0
+    """Folds that train and val can be cut into anew; 0 where the data gives val, and in studies of older versions."""
 
     def to_json(self) -> str:
         """Return the facts as JSON text."""

@@ -20,6 +20,12 @@ MAX_RETRIES = 2
 """Of a point that was lost so."""
 SCREEN_ATTR = "screen"
 """Of a screen trial alone: its backbone and its number among the screen trials of that backbone, from 0."""
+CONFIRM_ATTR = "confirms"
+"""Of a trial that confirms another one alone: that one's number, and which of its fresh seeds this is, from 0."""
+VALUES_ATTR = "repeat_values"
+"""Of a trial that was trained several times: the value of each training, in their order."""
+COST_ATTR = "device_seconds"
+"""What the trial took of a device, its preparation included."""
 _PASSING = tuple(reason.value for reason in Reason if reason.may_pass)
 _MAX_MATRIX_CLASSES = 100
 """Of more classes a whole matrix per trial would slow down every reader of the database."""
@@ -38,7 +44,8 @@ def describe_end(
     """
     attrs: dict[str, Any] = {"feasible": not (outcome.reason and outcome.reason.infeasible)}
     if epochs:
-        best = (min if objective == "val_loss" else max)(epochs, key=lambda result: result.objective_value(objective))
+        first = [result for result in epochs if result.repeat == 0]
+        best = (min if objective == "val_loss" else max)(first, key=lambda result: result.objective_value(objective))
         attrs |= {
             "seconds": round(sum(result.seconds for result in epochs), 3),
             "images_per_second": round(sum(result.images_per_second for result in epochs) / len(epochs), 1),
@@ -68,6 +75,11 @@ def _describe_report(report: ClassReport) -> dict[str, Any]:
     return described
 
 
+def is_confirmation(trial: FrozenTrial) -> bool:
+    """Whether a trial trains another one's recipe again."""
+    return CONFIRM_ATTR in trial.user_attrs
+
+
 def is_given_up(trial: FrozenTrial) -> bool:
     """Whether a failed trial's point is not tried again: an error repeats itself, and a loss is retried twice at most.
 
@@ -80,12 +92,21 @@ def is_given_up(trial: FrozenTrial) -> bool:
 
 
 def count_reasons(study: optuna.Study) -> Counter[tuple[str, str]]:
-    """Return how many PRUNED and FAIL trials there are by state and reason; those of the screen as ``screen FAIL``."""
+    """Return how many PRUNED and FAIL trials there are by state and reason.
+
+    Those beside the search stand apart, as ``screen FAIL`` and ``confirmation FAIL``.
+    """
     return Counter(
         (
-            f"screen {trial.state.name}" if SCREEN_ATTR in trial.user_attrs else trial.state.name,
+            _name_kind(trial) + trial.state.name,
             trial.user_attrs.get(REASON_ATTR, Reason.INTERRUPTED.value),
         )
         for trial in study.get_trials(deepcopy=False)
         if trial.state in {OptunaState.PRUNED, OptunaState.FAIL}
     )
+
+
+def _name_kind(trial: FrozenTrial) -> str:
+    if is_confirmation(trial):
+        return "confirmation "
+    return "screen " if SCREEN_ATTR in trial.user_attrs else ""

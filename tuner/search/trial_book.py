@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
+from tuner.search.confirmation import REPEAT_ATTR, ConfirmingTrial, Wanted, make_repeat
 from tuner.search.distributions import (
     Point,
     find_untried,
@@ -16,6 +18,7 @@ from tuner.search.distributions import (
     project_default_recipe,
     resolve_params,
 )
+from tuner.search.repeats import average, list_repeats, list_values
 from tuner.search.retries import count_attempts, describe_retry, find_origin, is_begun
 from tuner.search.samplers import derive_seed
 from tuner.search.screening import (
@@ -27,8 +30,19 @@ from tuner.search.screening import (
     list_screen_points,
 )
 from tuner.search.studies import StoredStudy, find_best
-from tuner.search.trial_attrs import LAYERS_ATTR, PARAMS_ATTR, REASON_ATTR, SCREEN_ATTR, describe_end
-from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState, Usage
+from tuner.search.trial_attrs import (
+    CONFIRM_ATTR,
+    COST_ATTR,
+    LAYERS_ATTR,
+    PARAMS_ATTR,
+    REASON_ATTR,
+    SCREEN_ATTR,
+    VALUES_ATTR,
+    describe_end,
+    is_confirmation,
+)
+from tuner.search.warm_start import WARM_ATTR, WarmRecipe, project_recipe
+from tuner.trial import EpochResult, Reason, Repeat, TrialOutcome, TrialParams, TrialState, Usage
 
 _CONSTRAINTS_KEY = "constraints"
 """Optuna's older key: the only form that both Optuna 5 and its dashboard 0.21 read."""
@@ -44,16 +58,23 @@ class TrialBook:
         ValueError: If the study was loaded to be read only.
     """
 
-    def __init__(self, stored: StoredStudy) -> None:
+    def __init__(self, stored: StoredStudy, warm_recipes: Sequence[WarmRecipe] = ()) -> None:
+        """Take the study.
+
+        Args:
+            stored: Opened to run.
+            warm_recipes: Of earlier studies, to try before all else if this one is new.
+        """
         if stored.mirror is None:
             raise ValueError("a trial book needs a study that was opened to run, got one that is only read")
-        self._mirror = stored.mirror
+        self._mirror, self._warm_recipes = stored.mirror, warm_recipes
         self._study = stored.study
         self._spec = stored.spec
         self._group_counts = stored.facts.group_counts
         self._distributions = make_distributions(self._spec, self._group_counts)
-        self._running: dict[int, Trial] = {}
+        self._running: dict[int, Trial | ConfirmingTrial] = {}
         self._epochs: dict[int, list[EpochResult]] = {}
+        self._repeats: dict[int, tuple[Repeat, ...]] = {}
         self._is_exhausted = False
         self._is_grid = self._spec.search.sampler == "grid"
         self._grid = list_grid(self._distributions, seed=self._spec.study.seed) if self._is_grid else []
@@ -74,6 +95,10 @@ class TrialBook:
         """
         n_orphans = self.adopt()
         first_points = self._first_points()  # before the screen, since they ask whether the study is new
+        if not self._study.get_trials(deepcopy=False):
+            for warm in self._warm_recipes:
+                point = project_recipe(warm.recipe, self._spec, self._distributions, self._group_counts)
+                self._enqueue(point, {WARM_ATTR: {"study": warm.study, "trial": warm.trial}})
         self._queue_screen()
         for point in first_points:
             self._study.enqueue_trial(point, skip_if_exists=True)
@@ -100,7 +125,11 @@ class TrialBook:
     def _adopt(self, orphan: FrozenTrial) -> None:
         """End a trial that no process runs as interrupted, and queue it again."""
         self._queue_again(orphan)
-        attrs = {REASON_ATTR: Reason.INTERRUPTED.value, "message": "the run was killed", "feasible": True}
+        attrs: dict[str, Any] = {
+            REASON_ATTR: Reason.INTERRUPTED.value,
+            "message": "the run was killed",
+            "feasible": True,
+        }
         for key, value in attrs.items():
             self._study._storage.set_trial_user_attr(orphan._trial_id, key, value)  # noqa: SLF001
         self._study.tell(orphan.number, state=OptunaState.FAIL)
@@ -121,7 +150,7 @@ class TrialBook:
 
     def count_running(self) -> int:
         """Return how many trials were asked and not told, the screen's left out."""
-        return len(self._running) - len(self._running_screen)
+        return sum(isinstance(trial, Trial) for trial in self._running.values()) - len(self._running_screen)
 
     # --- the screen ---
 
@@ -188,14 +217,33 @@ class TrialBook:
             return None
         trial = self._study.ask(self._distributions)
         params = self._resolve(find_origin(trial), trial.params)
+        if SCREEN_ATTR in trial.user_attrs:
+            self._n_queued_screen -= 1
+            self._running_screen.add(trial.number)
+        self._start(trial, params, list_repeats(self._spec, params))
+        return trial.number, params
+
+    def ask_confirmation(self, wanted: Wanted, n_folds: int) -> tuple[int, TrialParams]:
+        """Start the training of a trial's recipe on a fresh seed, with fresh views, on images rather than features."""
+        confirmed = self._find(wanted.trial)
+        repeat = make_repeat(self._spec.study.seed, wanted.seed, n_folds)
+        recipe = TrialParams.from_json(confirmed.user_attrs[PARAMS_ATTR])
+        params = replace(recipe, seed=repeat.seed, views="fresh")
+        attrs = {CONFIRM_ATTR: asdict(wanted), REPEAT_ATTR: asdict(repeat)}
+        trial = ConfirmingTrial(self._mirror, self._study, confirmed, attrs)
+        self._start(trial, params, (repeat,))
+        return trial.number, params
+
+    def _start(self, trial: Trial | ConfirmingTrial, params: TrialParams, repeats: tuple[Repeat, ...]) -> None:
         trial.set_user_attr(PARAMS_ATTR, params.to_json())
         trial.set_user_attr(LAYERS_ATTR, params.unfrozen_layers)
         self._running[trial.number] = trial
         self._epochs[trial.number] = []
-        if SCREEN_ATTR in trial.user_attrs:
-            self._n_queued_screen -= 1
-            self._running_screen.add(trial.number)
-        return trial.number, params
+        self._repeats[trial.number] = repeats
+
+    def list_repeats(self, number: int) -> tuple[Repeat, ...]:
+        """Return the trainings of a running trial; nothing for one that is trained once, on the study's train."""
+        return self._repeats[number]
 
     def is_screen(self, number: int) -> bool:
         """Whether a running trial is one of the screen."""
@@ -227,11 +275,16 @@ class TrialBook:
     def report(self, number: int, result: EpochResult) -> bool:
         """Record one epoch.
 
+        Pruners see the first training of a trial alone: what they compare was shown by the same images after as many
+        epochs. A trial that has come through it trains to its end.
+
         Returns:
-            Whether the trial should be pruned; one of the screen never is.
+            Whether the trial should be pruned; one of the screen never is, nor one that confirms another.
         """
         trial = self._running[number]
         self._epochs[number].append(result)
+        if result.repeat > 0 or isinstance(trial, ConfirmingTrial):
+            return False
         trial.report(result.objective_value(self._spec.study.objective), step=result.epoch)
         may_prune = result.epoch < self._spec.training.epochs and number not in self._running_screen
         return may_prune and trial.should_prune()
@@ -240,6 +293,17 @@ class TrialBook:
     def best(self) -> tuple[int, float] | None:
         """Number and value of the best completed trial, as ``find_best`` picks it."""
         return self._best
+
+    def list_final_values(self, numbers: Iterable[int]) -> dict[int, float]:
+        """Return the values of those running trials of the search that have just finished their last epoch."""
+        return {
+            number: average(epochs, self._spec.study.objective)
+            for number in numbers
+            if (epochs := self._epochs[number])
+            and isinstance(self._running[number], Trial)
+            and epochs[-1].epoch == self._spec.training.epochs
+            and epochs[-1].repeat + 1 >= len(self._repeats[number])
+        }
 
     def find_new_best(self, values: Mapping[int, float]) -> int | None:
         """Return which of some trials would be the study's best, if they complete with these values; None: none."""
@@ -251,29 +315,39 @@ class TrialBook:
         """Return what is larger for a better trial, and for the earlier one of equals."""
         return (-value if self._study.direction == optuna.study.StudyDirection.MINIMIZE else value, -number)
 
-    def tell(self, number: int, outcome: TrialOutcome, usage: Usage | None = None) -> float | None:
+    def tell(
+        self, number: int, outcome: TrialOutcome, usage: Usage | None = None, *, device_seconds: float = 0.0
+    ) -> float | None:
         """Finish a running trial, and queue its point again if it was lost.
 
         Args:
             number: The trial's.
             outcome: How it ended.
             usage: What it was trained with; None if that is not known.
+            device_seconds: What it took of a device.
 
         Returns:
             Its value, if it completed.
         """
         trial = self._running.pop(number)
-        epochs = self._epochs.pop(number)
-        for key, attr in describe_end(outcome, epochs, self._spec.study.objective, usage).items():
+        epochs, repeats = self._epochs.pop(number), self._repeats.pop(number)
+        objective = self._spec.study.objective
+        attrs = describe_end(outcome, epochs, objective, usage)
+        if len(repeats) > 1:
+            attrs[VALUES_ATTR] = list_values(epochs, objective)
+        attrs[COST_ATTR] = round(device_seconds, 3)
+        for key, attr in attrs.items():
             trial.set_user_attr(key, attr)
-        if outcome.reason and outcome.reason.infeasible:
-            _mark_infeasible(self._study, trial)
-        is_complete = outcome.state is TrialState.COMPLETE
-        value = epochs[-1].objective_value(self._spec.study.objective) if is_complete else None
-        if outcome.reason and (outcome.reason.may_pass or outcome.reason is Reason.INTERRUPTED):
-            self._queue_again(self._find(number), is_suspect=outcome.reason is not Reason.INTERRUPTED)
-        self._study.tell(trial, value, state=OptunaState[outcome.state.name])
-        self._count(number, outcome.state, value)
+        value = average(epochs, objective) if outcome.state is TrialState.COMPLETE else None
+        if isinstance(trial, Trial):
+            if outcome.reason and outcome.reason.infeasible:
+                _mark_infeasible(self._study, trial)
+            if outcome.reason and (outcome.reason.may_pass or outcome.reason is Reason.INTERRUPTED):
+                self._queue_again(self._find(number), is_suspect=outcome.reason is not Reason.INTERRUPTED)
+        told = trial if isinstance(trial, Trial) else number
+        self._study.tell(told, value, state=OptunaState[outcome.state.name])
+        if isinstance(trial, Trial):
+            self._count(number, outcome.state, value)
         return value
 
     def _count(self, number: int, state: TrialState, value: float | None) -> None:
@@ -298,6 +372,8 @@ class TrialBook:
 
     def _queue_again(self, trial: FrozenTrial, *, is_suspect: bool = False) -> None:
         """Queue a lost trial's point as a new trial, if it may be tried again."""
+        if is_confirmation(trial):
+            return  # the next confirmation sees that it is missing
         if (attrs := describe_retry(trial, is_suspect=is_suspect)) is not None:
             self._enqueue(trial.params, attrs)
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from tuner.trial import TrialParams
+from tuner.trial import Repeat, TrialParams
 
 _HEAD_ALONE = 1
 
@@ -15,6 +15,8 @@ class Batch:
     members: tuple[tuple[int, TrialParams], ...]
     """Number and recipe of each trial; more than one is a cohort."""
     uses_features: bool
+    repeats: tuple[Repeat, ...] = ()
+    """Trainings of a trial that is trained more than once, or elsewhere than on the study's train; it is alone."""
 
 
 class Backlog:
@@ -24,6 +26,7 @@ class Backlog:
         self._max_ahead = max_ahead
         self._heads: dict[int, TrialParams] = {}  # in the order in which they were asked
         self._others: dict[int, TrialParams] = {}
+        self._repeats: dict[int, tuple[Repeat, ...]] = {}
         self._uncached: set[str] = set()
 
     def __len__(self) -> int:
@@ -34,14 +37,26 @@ class Backlog:
         """Whether asking further ahead would only make the sampler's knowledge older."""
         return bool(self._others) or len(self._heads) >= self._max_ahead
 
-    def add(self, number: int, params: TrialParams, *, is_suspect: bool = False) -> None:
-        """Put an asked trial where it belongs; a suspect one trains by itself, so that it can harm no other."""
+    def add(
+        self, number: int, params: TrialParams, *, is_suspect: bool = False, repeats: tuple[Repeat, ...] = ()
+    ) -> None:
+        """Put an asked trial where it belongs.
+
+        Args:
+            number: Of the trial.
+            params: Its recipe.
+            is_suspect: It trains by itself, so that it can harm no other.
+            repeats: Its trainings; on other cuts than the study's there are no features.
+        """
         may_use_features = (
             params.unfrozen_layers == _HEAD_ALONE
             and params.shows_known_images
             and params.backbone not in self._uncached
             and not is_suspect
+            and not repeats
         )
+        if repeats:
+            self._repeats[number] = repeats
         (self._heads if may_use_features else self._others)[number] = params
 
     def take(self, max_cohort: int, busy_backbones: Collection[str] = ()) -> Batch | None:
@@ -59,7 +74,8 @@ class Backlog:
             return Batch(members=tuple((number, self._heads.pop(number)) for number in numbers), uses_features=True)
         if self._others:
             number = next(iter(self._others))
-            return Batch(members=((number, self._others.pop(number)),), uses_features=False)
+            members = ((number, self._others.pop(number)),)
+            return Batch(members=members, uses_features=False, repeats=self._repeats.pop(number, ()))
         return None
 
     def give_back(self, members: tuple[tuple[int, TrialParams], ...], *, uncached_backbone: str | None) -> None:

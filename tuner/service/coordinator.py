@@ -1,14 +1,14 @@
 """Run a study. The coordinator is the one process that writes the storage; it never loads torch, data or models."""
 
-import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from optuna.storages import RDBStorage
 
 from tuner.errors import EXIT_SIGTERM, StorageBusyError, StorageError, StudyError
+from tuner.search.confirmation import DEFAULT_SEEDS, DEFAULT_TOP
 from tuner.search.patience import ATTEMPT_SECONDS, Patience
 from tuner.search.storage import (
     find_database,
@@ -19,14 +19,18 @@ from tuner.search.storage import (
     use_storage,
 )
 from tuner.search.studies import StoredStudy, find_best, find_changes, load_stored, open_study
+from tuner.search.study_facts import explain_damage
 from tuner.search.trial_book import TrialBook
+from tuner.search.warm_start import WarmRecipe, read_warm_recipes
 from tuner.service.pool import WORKER_MODULE, Pool
 from tuner.service.progress import ActivityChanged, Display, Noted, SilentDisplay
 from tuner.service.result import StudyStatus, is_finished, read_status
+from tuner.service.run_clock import RunClock, is_budget_spent
 from tuner.service.run_files import RunFiles
 from tuner.service.scouting import collect_facts, scout_study
 from tuner.service.search_loop import SearchLoop
 from tuner.service.signals import StopSignals
+from tuner.service.study_run import StudyRun, is_confirmed
 from tuner.spec.sections import StudySpec
 
 
@@ -38,7 +42,7 @@ def run_study(
     display: Display | None = None,
     worker_module: str = WORKER_MODULE,
 ) -> StudyStatus:
-    """Run a study to its number of trials, resuming what the storage holds of it.
+    """Run a study to its number of trials, resuming what the storage holds of it, and confirm its best if it says so.
 
     Args:
         spec: The checked study file.
@@ -48,7 +52,7 @@ def run_study(
         worker_module: As for ``Pool``.
 
     Returns:
-        The study's status. Its ``stopped_by`` says whether a signal or the timeout ended the run early.
+        The study's status. Its ``stopped_by`` says whether a signal, the timeout or the budget ended the run early.
 
     Raises:
         StudyError: If the stored study differs from the spec, or is already running.
@@ -57,31 +61,109 @@ def run_study(
         KeyboardInterrupt, SystemExit: If Ctrl-C or SIGTERM came before there was a study, or Ctrl-C came twice.
     """
     url = resolve_url(storage, spec.study.storage)
-    deadline = math.inf if spec.search.timeout is None else time.monotonic() + spec.search.timeout
+    started = time.monotonic()
     with display or SilentDisplay() as shown, _open_alone(url, spec.study.name, shown) as opened:
         patience = _be_patient(url, shown)
         if (finished := patience.keep_trying(lambda: _find_finished(opened, spec, patience))) is not None:
             _tidy_up(finished, url)
-            return read_status(finished, url)
-        with (
-            _hide_cuda(spec) as environment,
-            StopSignals() as signals,
-            Pool(environment, stall_limit=spec.workers.stall_limit, worker_module=worker_module) as pool,
-        ):
-            shown.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
-            scouted = scout_study(pool, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
-            if scouted is None:
-                raise KeyboardInterrupt if signals.received == "sigint" else SystemExit(EXIT_SIGTERM)
-            shown.show(ActivityChanged(worker=0, text=""))
-            for note in scouted.description.notes:
-                shown.show(Noted(text=note))
-            patience = _be_patient(url, shown, signals)
-            facts = collect_facts(scouted.description)
-            stored = patience.keep_trying(lambda: open_study(opened, spec, facts, patience))
-            loop = SearchLoop(stored, url, scouted, pool=pool, display=shown, signals=signals, deadline=deadline)
-            status = loop.run()
-        loop.tidy_up()
-        return status
+            return read_status(finished, url, stopped_by="done" if is_finished(finished) else "budget")
+        warm_recipes = read_warm_recipes(opened, spec)
+        return _work(
+            opened,
+            spec,
+            url,
+            lambda run: run.run(top=DEFAULT_TOP, n_seeds=DEFAULT_SEEDS),
+            warm_recipes=warm_recipes,
+            display=shown,
+            n_workers=n_workers,
+            worker_module=worker_module,
+            started=started,
+        )
+
+
+def confirm_study(
+    study: str,
+    *,
+    top: int = DEFAULT_TOP,
+    n_seeds: int = DEFAULT_SEEDS,
+    storage: str | None = None,
+    n_workers: int | None = None,
+    display: Display | None = None,
+) -> StudyStatus:
+    """Train the best few recipes of a study again on fresh seeds, and rank them by what they show there.
+
+    Needs the study's images, not its study file. What an earlier call has trained counts.
+
+    Args:
+        study: The study's name.
+        top: Recipes to train again, at least 1.
+        n_seeds: Fresh seeds for each, at least 2.
+        storage: SQLite URL; default: ``TUNER_STORAGE``, or ``sqlite:///studies.db``.
+        n_workers: As for ``run_study``.
+        display: What the user sees; default: nothing.
+
+    Raises:
+        ValueError: If there is nothing to train.
+        StudyError: If there is no such study, it is running, no trial completed, or its images are others now.
+        DataError, ModelError, DeviceError, StorageError: If something cannot be used.
+        SearchError: If five trainings fail in a row.
+    """
+    if top < 1 or n_seeds < 2:
+        raise ValueError(f"top must be at least 1 and n_seeds at least 2, got {top} and {n_seeds}")
+    url = resolve_url(storage)
+    started = time.monotonic()
+    with use_storage(url) as opened:
+        load_stored(opened, study)  # before the lock: a study that is not there makes no file
+    with display or SilentDisplay() as shown, _open_alone(url, study, shown) as opened:
+        stored = load_stored(opened, study)
+        if find_best(stored.study) is None:
+            raise StudyError(f"study {study!r}: at least one trial must have completed, got none; 'tuner run' goes on")
+        return _work(
+            opened,
+            stored.spec,
+            url,
+            lambda run: run.confirm(top=top, n_seeds=n_seeds),
+            display=shown,
+            n_workers=n_workers,
+            started=started,
+        )
+
+
+def _work(
+    opened: RDBStorage,
+    spec: StudySpec,
+    url: str,
+    lead: Callable[[StudyRun], StudyStatus],
+    *,
+    warm_recipes: Sequence[WarmRecipe] = (),
+    display: Display,
+    n_workers: int | None,
+    worker_module: str = WORKER_MODULE,
+    started: float,
+) -> StudyStatus:
+    """Start workers on a study, and lead them through a run."""
+    with (
+        _hide_cuda(spec) as environment,
+        StopSignals() as signals,
+        Pool(environment, stall_limit=spec.workers.stall_limit, worker_module=worker_module) as pool,
+    ):
+        display.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
+        scouted = scout_study(pool, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
+        if scouted is None:
+            raise KeyboardInterrupt if signals.received == "sigint" else SystemExit(EXIT_SIGTERM)
+        display.show(ActivityChanged(worker=0, text=""))
+        for note in scouted.description.notes:
+            display.show(Noted(text=note))
+        patience = _be_patient(url, display, signals)
+        facts = collect_facts(scouted.description)
+        stored = patience.keep_trying(lambda: open_study(opened, spec, facts, patience))
+        book = TrialBook(stored, warm_recipes)
+        files = RunFiles(url, spec.study.name, spec.study.objective, book)
+        clock = RunClock(stored, scouted.slots, started=started)
+        loop = SearchLoop(stored, book, files, scouted, pool=pool, display=display, signals=signals, clock=clock)
+        status = lead(StudyRun(stored, book, loop, clock, url=url, display=display))
+    loop.tidy_up()
+    return status
 
 
 def _be_patient(url: str, display: Display, signals: StopSignals | None = None) -> Patience:
@@ -118,7 +200,7 @@ def _make_ready(url: str) -> None:
 
 
 def _find_finished(storage: RDBStorage, spec: StudySpec, patience: Patience) -> StoredStudy | None:
-    """Return the stored study if it is the spec's and has all its trials: there is nothing to run."""
+    """Return the stored study if it is the spec's and has all its trials, or no budget: there is nothing to run."""
     try:
         stored = load_stored(storage, spec.study.name)
     except StudyError:
@@ -126,8 +208,10 @@ def _find_finished(storage: RDBStorage, spec: StudySpec, patience: Patience) -> 
     if find_changes(stored.spec, spec):
         return None
     stored = StoredStudy(study=stored.study, spec=spec, facts=stored.facts)
-    if not is_finished(stored) or not find_best(stored.study):
-        return None
+    with explain_damage(f"study {stored.name!r}"):
+        is_over = is_finished(stored) and is_confirmed(stored)
+        if not (is_over or is_budget_spent(stored)) or not find_best(stored.study):
+            return None
     with _hide_cuda(spec):
         return open_study(storage, spec, stored.facts, patience)
 

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from tuner.data.duplicates import describe_exact, describe_near
+from tuner.data.folds import check_folds, count_max_folds
 from tuner.data.index import Split
-from tuner.data.splits import has_test, pack_splits, search_rows
+from tuner.data.splits import cuts_val, has_test, pack_splits, search_rows
 from tuner.data.store import check_room, find_store
+from tuner.errors import DataError
 from tuner.models.backbone import check_forward, create_backbone, read_preprocessing
 from tuner.models.hub import check_reach
 from tuner.models.layers import group_layers
@@ -39,6 +41,11 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
         DataError, ModelError, StorageError: If something cannot be used.
     """
     started = perf_counter()
+    if spec.data.folds:
+        if not cuts_val(data.index):  # the user's reason to keep the two apart is not ours to judge
+            got = f"got {spec.data.folds}; the images stand in val already"
+            raise DataError(f"data.folds: must be left out where the data brings its own val split, {got}")
+        check_folds(data.index, data.splits, spec.data.folds)
     names = spec.backbone_names()
     preprocessing = {
         name: asdict(read_preprocessing(name, spec.backbones.get(name, BackboneSection()))) for name in names
@@ -68,6 +75,7 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
         store_bytes=store_bytes,
         free_bytes=shutil.disk_usage(cache_root()).free,
         seconds_per_image=seconds_per_image,
+        max_folds=count_max_folds(data.index, data.splits),
         notes=(*_list_duplicates(spec, data, interpolations if timed else ()), *_list_notes(spec, data)),
     )
 

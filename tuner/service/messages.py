@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any, Protocol
 
-from tuner.trial import EpochResult, TrialOutcome, TrialParams, Usage
+from tuner.trial import EpochResult, Repeat, TrialOutcome, TrialParams, Usage
 
 PROGRESS_SECONDS = 0.25
 """Least time between two words on how far something is."""
@@ -60,6 +60,8 @@ class Train:
     """Whether the trials train on what the frozen backbone makes of the images, kept in the cache."""
     checkpoint: str = ""
     """File that a trial which trains alone goes on from and saves to; empty: none."""
+    repeats: tuple[Repeat, ...] = ()
+    """Trainings of a trial that trains alone, one after the other; none: one, by the recipe's own seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,8 @@ class Description:
     """Disk that the cache folder has."""
     seconds_per_image: dict[str, float]
     """Full fine-tuning of one image in one epoch, by backbone; empty unless timed."""
+    max_folds: int = 0
+    """Folds that train and val can be cut into anew; 0 where the data gives val."""
     notes: tuple[str, ...] = ()
 
 
@@ -262,6 +266,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "results": lambda pairs: tuple((number, EpochResult(**result)) for number, result in pairs),
     "outcome": TrialOutcome.from_json,
     "usage": lambda values: Usage(**values),
+    "repeats": lambda values: tuple(Repeat(**each) for each in values),
     "stop": tuple,
     "numbers": tuple,
     "classes": tuple,

@@ -7,9 +7,9 @@ from tuner.search.storage import find_database, resolve_url, use_storage
 from tuner.search.studies import check_stored
 from tuner.service.messages import Description
 from tuner.service.pool import Pool
-from tuner.service.progress import format_seconds
 from tuner.service.scouting import collect_facts, scout_study
 from tuner.service.slots import Slot
+from tuner.spec.durations import format_seconds
 from tuner.spec.sections import StudySpec
 from tuner.spec.space import describe
 

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tuner.spec.durations import format_seconds
 from tuner.spec.printable import as_printable, as_printable_lines
 from tuner.trial import TrialOutcome, TrialParams, TrialState
 
@@ -128,7 +129,7 @@ class _Progress:
     best: str = "-"
 
     def update(self, n_done: int, n_trials: int) -> None:
-        if self.n_before is None:
+        if self.n_before is None or n_trials != self.n_trials:  # the run begins, or another part of it
             self.n_before, self.started = n_done, time.monotonic()
         self.n_done, self.n_trials = n_done, n_trials
 
@@ -140,13 +141,6 @@ class _Progress:
             left = (time.monotonic() - self.started) / n_new * (self.n_trials - self.n_done)
             text += f", about {format_seconds(left)} left"
         return text
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as a person says it: ``8 s``, ``3 min``, ``2.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def describe_recipe(params: TrialParams) -> str:

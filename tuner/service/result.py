@@ -6,15 +6,17 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
 
+from tuner.search.confirmation import Confirmation, describe_confirmation, read_confirmation
+from tuner.search.ledger import Ledger, describe_ledger, read_ledger
 from tuner.search.screening import Agreement, describe_agreement, is_screen, measure_agreement
 from tuner.search.studies import StoredStudy, count_states, count_wanted, find_best, read_params
 from tuner.search.study_facts import explain_damage
 from tuner.search.trial_attrs import count_reasons
 from tuner.service.kept_models import model_folder
-from tuner.service.progress import format_seconds
+from tuner.spec.durations import format_seconds
 from tuner.spec.printable import as_printable
 
-StoppedBy = Literal["done", "timeout", "sigint", "sigterm"]
+StoppedBy = Literal["done", "timeout", "budget", "sigint", "sigterm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class StudyStatus:
     """How the backbones' order by their heads agrees with that after deeper training; None: too few to say."""
     saved_seconds: float
     """What training on kept features saved of the frozen backbones' work, over all trials."""
+    confirmation: Confirmation | None
+    """What training the best few again has shown; None: it has not been done."""
+    ledger: Ledger
+    """What all of it took."""
     stopped_by: StoppedBy = "done"
 
     @property
@@ -66,7 +72,8 @@ class StudyStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Return the status as a JSON object."""
-        return asdict(self)
+        confirmation = self.confirmation and self.confirmation.to_json()
+        return asdict(self) | {"confirmation": confirmation, "ledger": self.ledger.to_json()}
 
 
 def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done") -> StudyStatus:
@@ -83,6 +90,7 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
         reasons = sorted(count_reasons(stored.study).items())
         agreement = measure_agreement(trials, stored.study.direction)
         saved_seconds = float(sum(trial.user_attrs.get("saved_seconds", 0.0) for trial in trials))
+        confirmation, ledger = read_confirmation(stored.study), read_ledger(stored.study)
     return StudyStatus(
         name=stored.name,
         storage=url,
@@ -96,6 +104,8 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
         n_screen=sum(is_screen(trial) and trial.state.is_finished() for trial in trials),
         screen_agreement=agreement,
         saved_seconds=saved_seconds,
+        confirmation=confirmation,
+        ledger=ledger,
         stopped_by=stopped_by,
     )
 
@@ -132,6 +142,8 @@ def describe_status(status: StudyStatus) -> str:
         lines.append(describe_agreement(status.screen_agreement))
     if status.saved_seconds >= 1:
         lines.append(f"kept features saved {format_seconds(status.saved_seconds)} of the backbones' work")
+    if status.ledger.held:
+        lines.append(describe_ledger(status.ledger))
     if status.best is None:
         return _join([*lines, "best: none yet"])
     lines.append(f"best: trial {status.best.number}, {status.objective} {status.best.value:.4f}")
@@ -139,6 +151,7 @@ def describe_status(status: StudyStatus) -> str:
     lines += [f"  {name} = {recipe.get(name, value)}" for name, value in status.best.params.items()]
     if status.model_folder:
         lines.append(f"its model: {status.model_folder}")
+    lines += describe_confirmation(status.confirmation) if status.confirmation else []
     return _join(lines)
 
 

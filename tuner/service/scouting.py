@@ -174,4 +174,5 @@ def collect_facts(description: Description) -> StudyFacts:
         weights=description.fingerprints,
         preprocessing=description.preprocessing,
         versions=description.versions,
+        max_folds=description.max_folds,
     )

@@ -1,12 +1,14 @@
 """The loop of a run: give work to idle workers, listen, report, prune, tell."""
 
-import math
+import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
-from tuner.errors import SearchError
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
+from tuner.service.confirmation_supply import ConfirmationSupply
 from tuner.service.failures import FailureCount, Loss
 from tuner.service.messages import (
     Alive,
@@ -36,90 +38,83 @@ from tuner.service.progress import (
     TrialFinished,
     TrialsStarted,
 )
-from tuner.service.result import StoppedBy, StudyStatus, read_status
+from tuner.service.run_clock import Deadline, RunClock
 from tuner.service.run_files import RunFiles
+from tuner.service.running_jobs import Preparing, Training
 from tuner.service.scouting import TICK_SECONDS, Scouted, start_worker
 from tuner.service.signals import StopSignals
 from tuner.service.supply import Supply
 from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
 
+_OUT_OF_BUDGET = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the budget was spent")
 _INTERRUPTED = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the run was stopped")
 
 
-@dataclass(kw_only=True)
-class _Training:
-    """What a worker trains. Mutable: its trials end one by one."""
-
-    members: dict[int, TrialParams]
-    n_given: int
-    deadline: float = math.inf
-    """On the pool's clock: a trial that waits for a verdict while the database is locked loses no time."""
-
-
 class SearchLoop:
-    """One run of a study, from its first worker's description to its last trial."""
+    """Serves the workers of a run, from its first preparation to its last trial."""
 
     def __init__(
         self,
         stored: StoredStudy,
-        url: str,
+        book: TrialBook,
+        files: RunFiles,
         scouted: Scouted,
         *,
         pool: Pool,
         display: Display,
         signals: StopSignals,
-        deadline: float,
+        clock: RunClock,
     ) -> None:
-        self._stored, self._spec, self._url = stored, stored.spec, url
-        self._pool, self._display, self._signals = pool, display, signals
-        self._book = TrialBook(stored)
-        self._files = RunFiles(url, self._spec.study.name, self._spec.study.objective, self._book)
-        self._supply = Supply(self._book, n_trials=self._spec.search.n_trials, deadline=deadline)
+        self._spec = stored.spec
+        self._pool, self._display, self._signals, self._clock = pool, display, signals, clock
+        self._book, self._files = book, files
+        self._supply: Supply | ConfirmationSupply
+        self._end = Deadline()
         self._data_hash = scouted.description.data_hash
         self._ready = set(scouted.ready)
         self._jobs = deque(
             Prepare(data_hash=self._data_hash, backbone=name) for name in (None, *self._spec.backbone_names())
         )
-        self._busy: dict[int, Prepare | _Training] = {}
+        self._busy: dict[int, Preparing | Training] = {}
         self._events: list[Event] = []  # shown once they are stored
         self._best: tuple[int, float] | None = None
+        self._stopped: set[int] = set()  # by the end of the budget
         self._failures = FailureCount(self._spec.study.name)
 
-    def run(self) -> StudyStatus:
-        """Run to the end and return the study's status.
+    @property
+    def stop_signal(self) -> Literal["sigint", "sigterm"] | None:
+        """What the user stopped the run with, if they did."""
+        return self._signals.received
 
-        Raises:
-            SearchError: If five trials fail in a row, or none completes.
-        """
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Take over what an earlier run left, and interrupt what still runs in the end."""
         if n_orphans := self._book.prepare():
             self._display.show(Noted(text=f"{n_orphans} trials of a killed run are queued again"))
         self._files.sweep()
         self._best = self._book.best
-        self._display.show(Counted(n_done=self._book.count_finished(), n_trials=self._supply.n_wanted))
         try:
-            while self._dispatch():
-                self._listen()
+            yield
         finally:
             for number in self._book.running_numbers:
                 self._book.tell(number, _INTERRUPTED)
             self._book.flush()
-        return self._conclude()
+
+    def serve(self, supply: Supply | ConfirmationSupply, end: Deadline) -> None:
+        """Give workers what a supply has, until it is dry and they are done.
+
+        Raises:
+            SearchError: If five trials fail in a row.
+        """
+        self._supply, self._end = supply, end
+        self._display.show(Counted(n_done=supply.n_done, n_trials=supply.n_wanted))
+        while self._dispatch():
+            self._listen()
 
     def tidy_up(self) -> None:
         """Remove what killed workers left half written, once no worker writes any more."""
         self._files.sweep()
-
-    def _conclude(self) -> StudyStatus:
-        stopped_by: StoppedBy = self._signals.received or (
-            "timeout" if self._supply.is_late and self._supply.n_missing > 0 else "done"
-        )
-        status = read_status(self._stored, self._url, stopped_by=stopped_by)
-        if status.best is None and stopped_by == "done":
-            raise SearchError(
-                f"study {status.name!r}: at least one trial must complete, got {status.counts['PRUNED']} pruned and "
-                f"{status.counts['FAIL']} failed; 'tuner trials' lists the reasons"
-            )
-        return status
+        self._clock.save()
 
     # --- give work ---
 
@@ -134,7 +129,7 @@ class SearchLoop:
         ]
         if self._supply.is_late:
             self._jobs.clear()
-        if self._jobs or any(isinstance(job, Prepare) for job in self._busy.values()):
+        if self._jobs or any(isinstance(job, Preparing) for job in self._busy.values()):
             self._prepare(idle)
             return True
         for worker in idle:
@@ -147,11 +142,13 @@ class SearchLoop:
     def _prepare(self, idle: list[Worker]) -> None:
         """Prepare the images first, then the backbones side by side."""
         for worker in idle:
-            images_pending = any(isinstance(job, Prepare) and job.backbone is None for job in self._busy.values())
+            images_pending = any(
+                isinstance(busy, Preparing) and busy.job.backbone is None for busy in self._busy.values()
+            )
             if not self._jobs or images_pending:
                 return
             job = self._jobs.popleft()
-            self._busy[worker.number] = job
+            self._busy[worker.number] = Preparing(job=job, started=time.monotonic())
             text = f"preparing {job.backbone or 'the images'}"
             self._display.show(ActivityChanged(worker=worker.number, text=text))
             worker.send(job)
@@ -162,15 +159,17 @@ class SearchLoop:
         if batch is None:
             return False
         members = dict(batch.members)
-        self._busy[worker.number] = _Training(members=members, n_given=len(members))
+        self._busy[worker.number] = Training(members=members, n_given=len(members), charged=time.monotonic())
         self._start_clock(worker)
-        checkpoint = "" if batch.uses_features else str(self._files.find_checkpoint(batch.members[0][0]))
+        has_checkpoint = not batch.uses_features and not batch.repeats
+        checkpoint = str(self._files.find_checkpoint(batch.members[0][0])) if has_checkpoint else ""
         worker.send(
             Train(
                 data_hash=self._data_hash,
                 members=batch.members,
                 uses_features=batch.uses_features,
                 checkpoint=checkpoint,
+                repeats=batch.repeats,
             )
         )
         self._book.place(members, worker.slot.device if worker.slot else "")
@@ -179,7 +178,7 @@ class SearchLoop:
         return True
 
     def _list_busy_backbones(self) -> set[str]:
-        trainings = (job for job in self._busy.values() if isinstance(job, _Training))
+        trainings = (job for job in self._busy.values() if isinstance(job, Training))
         return {params.backbone for job in trainings for params in job.members.values()}
 
     # --- listen ---
@@ -197,7 +196,7 @@ class SearchLoop:
     def _end_overdue(self) -> None:
         """End workers whose trials take longer than the user allows."""
         for number, job in tuple(self._busy.items()):
-            if isinstance(job, _Training) and self._pool.watched_seconds > job.deadline:
+            if isinstance(job, Training) and self._pool.watched_seconds > job.deadline:
                 worker = self._pool.workers[number]
                 self._pool.end(worker, f"trained longer than {self._spec.search.trial_timeout:g} s")
                 self._lose(worker, is_overdue=True)
@@ -217,7 +216,9 @@ class SearchLoop:
                 progress = Progressed(worker=worker.number, text=reply.text, n_done=reply.n_done, n_total=reply.n_total)
                 self._display.show(progress)
             case Prepared():
-                del self._busy[worker.number]
+                job = self._busy.pop(worker.number)
+                assert isinstance(job, Preparing)  # noqa: S101 - only a preparing worker says so
+                self._clock.add_build(worker.slot, time.monotonic() - job.started)
                 self._display.show(ActivityChanged(worker=worker.number, text=""))
             case EpochDone():
                 self._judge(worker, reply)
@@ -230,7 +231,7 @@ class SearchLoop:
 
     def _start_clock(self, worker: Worker) -> None:
         job, limit = self._busy.get(worker.number), self._spec.search.trial_timeout
-        if isinstance(job, _Training) and limit is not None:
+        if isinstance(job, Training) and limit is not None:
             job.deadline = self._pool.watched_seconds + limit
 
     def _judge(self, worker: Worker, done: EpochDone) -> None:
@@ -239,25 +240,39 @@ class SearchLoop:
         stop = tuple(number for number, result in done.results if self._book.report(number, result))
         epoch = done.results[0][1].epoch
         values = {number: result.objective_value(objective) for number, result in done.results}
-        best = self._book.find_new_best(values) if epoch == n_epochs else None
-        worker.send(Verdict(stop=stop) if best is None else self._files.ask_to_keep(best, values[best]))
+        finals = self._book.list_final_values(values)
+        best = self._book.find_new_best(finals) if finals else None
+        if self._end.is_over and (cut := tuple(number for number in values if number not in {*finals, *stop})):
+            self._stopped.update(cut)
+            stop += cut
+        worker.send(Verdict(stop=stop) if best is None else self._files.ask_to_keep(best, finals[best]))
         shown = (min if objective == "val_loss" else max)(values.values())
         self._events.append(EpochReported(worker=worker.number, epoch=epoch, n_epochs=n_epochs, value=shown))
 
     def _finish(self, worker: Worker, done: TrialDone) -> None:
         """Tell a trial that ended by itself, by the pruner or by an error."""
         is_screen, origin = self._book.is_screen(done.number), self._book.origin(done.number)
-        value = self._book.tell(done.number, done.outcome, done.usage)
-        self._announce(worker, done.number, done.outcome, value)
+        outcome = done.outcome
+        if done.number in self._stopped and outcome.reason is Reason.PRUNER:
+            outcome = _OUT_OF_BUDGET
+        value = self._book.tell(done.number, outcome, done.usage, device_seconds=self._take_cost(worker, done.number))
+        self._announce(worker, done.number, outcome, value)
         self._files.note_end(kept=done.kept)
         self._release(worker, (done.number,))
         if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
             self._failures.count(origin, done.outcome)
 
+    def _take_cost(self, worker: Worker, number: int) -> float:
+        """Return the device-seconds that a trial has taken."""
+        job = self._busy[worker.number]
+        assert isinstance(job, Training)  # noqa: S101 - only a training worker speaks of trials
+        job.charge()
+        return self._clock.weigh(worker.slot, job.spent.get(number, 0.0))
+
     def _release(self, worker: Worker, numbers: tuple[int, ...]) -> tuple[tuple[int, TrialParams], ...]:
         """Take trials from a worker, which is idle after its last; return their numbers and recipes."""
         job = self._busy[worker.number]
-        assert isinstance(job, _Training)  # noqa: S101 - only a training worker speaks of trials
+        assert isinstance(job, Training)  # noqa: S101 - only a training worker speaks of trials
         members = tuple((number, job.members.pop(number)) for number in numbers)
         if not job.members:
             del self._busy[worker.number]
@@ -270,7 +285,7 @@ class SearchLoop:
         self._events.append(Noted(text=f"{reply.backbone}: its heads train on images, not on features: {reply.reason}"))
 
     def _announce(self, worker: Worker, number: int, outcome: TrialOutcome, value: float | None) -> None:
-        self._events.append(Counted(n_done=self._book.count_finished(), n_trials=self._supply.n_wanted))
+        self._events.append(Counted(n_done=self._supply.n_done, n_trials=self._supply.n_wanted))
         self._events.append(TrialFinished(worker=worker.number, number=number, outcome=outcome, value=value))
 
     def _settle(self) -> None:
@@ -283,6 +298,7 @@ class SearchLoop:
             self._best = self._book.best
             self._display.show(BestFound(number=self._best[0], value=self._best[1]))
         self._files.tidy()
+        self._clock.save(is_due=False)
         self._failures.check()
 
     def _lose(self, worker: Worker, *, is_overdue: bool = False) -> None:
@@ -292,7 +308,7 @@ class SearchLoop:
         self._display.show(Noted(text=f"{message}; another one takes its place"))
         self._ready.discard(worker.number)
         match self._busy.pop(worker.number, None):
-            case _Training(members=members, n_given=n_given):
+            case Training(members=members, n_given=n_given) as job:
                 loss = Loss(
                     message=message,
                     n_given=n_given,
@@ -302,14 +318,16 @@ class SearchLoop:
                 )
                 outcome = self._failures.blame(loss)
                 origin = self._book.origin(min(members))
+                job.charge()
                 for number in members:
-                    self._book.tell(number, outcome)
+                    cost = self._clock.weigh(worker.slot, job.spent.get(number, 0.0))
+                    self._book.tell(number, outcome, device_seconds=cost)
                     self._announce(worker, number, outcome, None)
                     self._files.note_end(kept=False)
                 self._failures.count(origin, outcome)  # once: it was one accident
-            case job:
+            case preparing:
                 self._failures.count_idle_loss(message)
-                if job is not None:
-                    self._jobs.appendleft(job)
+                if preparing is not None:
+                    self._jobs.appendleft(preparing.job)
         if worker.slot is not None:
             start_worker(self._pool, self._spec, worker.slot)

@@ -37,6 +37,11 @@ class Supply:
         return min(self._n_trials, self._book.max_trials)
 
     @property
+    def n_done(self) -> int:
+        """Trials that count."""
+        return self._book.count_finished()
+
+    @property
     def n_missing(self) -> int:
         """Trials that the study lacks."""
         return self.n_wanted - self._book.count_finished()
@@ -70,7 +75,9 @@ class Supply:
             if asked is None:
                 break
             number, params = asked
-            self._backlog.add(number, params, is_suspect=self._book.is_suspect(number))
+            self._backlog.add(
+                number, params, is_suspect=self._book.is_suspect(number), repeats=self._book.list_repeats(number)
+            )
         return self._backlog.take(_MAX_SCREEN_COHORT if self._book.is_screening else self._max_cohort, busy_backbones)
 
     def _may_ask(self) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import sleep
 from typing import Never
@@ -22,8 +22,9 @@ from tuner.service.workbench import Workbench
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
 from tuner.training.device import release_memory
 from tuner.training.loop import TrainingJob, train_epochs
+from tuner.training.metrics import Scores, pool_scores
 from tuner.training.pretrain import pretrain_backbone
-from tuner.trial import EpochResult, Reason, TrialOutcome, TrialParams, TrialState
+from tuner.trial import EpochResult, Reason, Repeat, TrialOutcome, TrialParams, TrialState
 
 _N_NAMED = 5
 _UNREADABLE_SECONDS = 5.0
@@ -104,15 +105,17 @@ class TrainingSession:
             if self._bench.device.type == "cuda":
                 self._heads.release_memory()  # a whole model needs the device's memory more
             for number, params in request.members:
-                self._coordinator.send(self._train_alone(number, params, request.checkpoint))
+                self._coordinator.send(self._train_alone(number, params, request))
         except Exception as error:
             if comes_from_lost_device(error):
                 _give_up(error)
             raise
 
-    def _train_alone(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
+    def _train_alone(self, number: int, params: TrialParams, request: Train) -> TrialDone:
         try:
-            return self._run_trial(number, params, checkpoint)
+            if request.repeats:
+                return self._repeat_trial(number, params, request.repeats)
+            return self._run_trial(number, params, request.checkpoint)
         except Exception as error:  # a user's backbone may raise anything, and the search goes on
             if comes_from_lost_device(error):
                 raise
@@ -124,16 +127,7 @@ class TrainingSession:
         return TrialDone(number=number, outcome=outcome)
 
     def _run_trial(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
-        preprocessing = self._bench.preprocess(params.backbone)
-        train, val = self._bench.load_images(preprocessing.interpolation)
-        job = TrainingJob(
-            model=self._bench.make_model(params),
-            params=params,
-            train=train,
-            val=val,
-            preprocessing=preprocessing,
-            device=self._bench.device,
-        )
+        job = self._make_job(params)
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
         file = self._find_checkpoint(number, job, checkpoint)
         saved = None if file is None else file.read(job.model)
@@ -148,6 +142,37 @@ class TrainingSession:
                 outcome = TrialOutcome(state=TrialState.COMPLETE, report=scores.report)
                 kept = verdict.keep == number and self._bench.keep_model(job.model, params, verdict)
         return TrialDone(number=number, outcome=outcome, kept=kept)
+
+    def _repeat_trial(self, number: int, params: TrialParams, repeats: tuple[Repeat, ...]) -> TrialDone:
+        """Train a trial several times; its report is of all validation images together."""
+        seen: list[Scores] = []
+        kept = False
+        for which, repeat in enumerate(repeats):
+            job = self._make_job(replace(params, seed=repeat.seed), repeat)
+            self._coordinator.send(Started())
+            for result, scores in train_epochs(job):
+                done = EpochDone(results=((number, replace(result, repeat=which)),))
+                verdict = self._coordinator.ask_verdict(done)
+                if number in verdict.stop:
+                    outcome = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER)
+                    return TrialDone(number=number, outcome=outcome)
+                if result.epoch == params.epochs:
+                    seen.append(scores)
+                    kept = verdict.keep == number and self._bench.keep_model(job.model, job.params, verdict)
+        outcome = TrialOutcome(state=TrialState.COMPLETE, report=pool_scores(seen).report)
+        return TrialDone(number=number, outcome=outcome, kept=kept)
+
+    def _make_job(self, params: TrialParams, repeat: Repeat | None = None) -> TrainingJob:
+        preprocessing = self._bench.preprocess(params.backbone)
+        train, val = self._bench.load_repeat(preprocessing.interpolation, repeat)
+        return TrainingJob(
+            model=self._bench.make_model(params),
+            params=params,
+            train=train,
+            val=val,
+            preprocessing=preprocessing,
+            device=self._bench.device,
+        )
 
     def _find_checkpoint(self, number: int, job: TrainingJob, checkpoint: str) -> CheckpointFile | None:
         if not checkpoint:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tuner.data.folds import cut_fold
 from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import Split
 from tuner.data.locks import locked
@@ -17,7 +18,7 @@ from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.package import Manifest, write_package
 from tuner.training.prepare import WeightsCache, prepare_model
 from tuner.training.pretrain import find_pretrained, pretrain_backbone
-from tuner.trial import TrialParams
+from tuner.trial import Repeat, TrialParams
 
 
 class Workbench:
@@ -29,6 +30,7 @@ class Workbench:
         self.spec, self.data, self.n_threads, self.note = spec, data, n_threads, note
         self.device = _take_device(device)
         self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
+        self._fold: tuple[tuple[str, tuple[int, int, int]], tuple[ImageSet, ImageSet]] | None = None
         self._weights = WeightsCache()
         self._pretrained: dict[str, Path] = {}
 
@@ -57,6 +59,21 @@ class Workbench:
             )
             self._image_sets[interpolation] = move_to(train, self.device), move_to(val, self.device)
         return self._image_sets[interpolation]
+
+    def load_repeat(self, interpolation: str, repeat: Repeat | None) -> tuple[ImageSet, ImageSet]:
+        """Return the images that train and those that validate in one training of a trial.
+
+        Raises:
+            DataError: If a fold lacks a class.
+        """
+        train, val = self.load_images(interpolation)
+        if repeat is None or not repeat.n_folds:
+            return train, val
+        key = (interpolation, repeat.split)
+        if self._fold is None or self._fold[0] != key:  # one at a time: each is a copy of all images
+            self._fold = None
+            self._fold = key, cut_fold(train, val, repeat, self.data.index)
+        return self._fold[1]
 
     def make_model(self, params: TrialParams) -> nn.Module:
         """Return a trial's model before its first step, on the CPU."""

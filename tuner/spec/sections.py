@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from tuner.spec.durations import check_budget, parse_duration
 from tuner.spec.space import PARAMETERS, Choices, Distribution, is_number
 
 MIN_IMAGE_SIZE = 8
 MAX_IMAGE_SIZE = 2048
 """Both in px. A batch of larger images would fill any memory."""
-_DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m(?:in)?)?(?:(?P<s>\d+(?:\.\d+)?)s)?")
 
 
 class Section(BaseModel):
@@ -33,23 +33,6 @@ def _within(low: float, high: float = math.inf, *, brackets: str = "[]") -> Afte
         raise ValueError(f"must lie in {brackets[0]}{low}, {high}{brackets[1]}")
 
     return AfterValidator(check)
-
-
-def parse_duration(value: Any) -> float:
-    """Return seconds from ``"2h"``, ``"1h30m"``, ``"45min"``, ``"20s"`` or a number of seconds.
-
-    Raises:
-        ValueError: If it is none of these, or not longer than 0.
-    """
-    seconds = 0.0
-    if is_number(value):
-        seconds = float(value)
-    elif isinstance(value, str) and (match := _DURATION.fullmatch(value.strip().replace(" ", ""))):
-        hours, minutes, rest = (float(match[part] or 0) for part in "hms")
-        seconds = hours * 3600 + minutes * 60 + rest
-    if seconds <= 0 or not math.isfinite(seconds):
-        raise ValueError('must be a duration such as "2h", "90m" or "1h30m"')
-    return seconds
 
 
 def _check_name(value: str) -> str:
@@ -147,6 +130,8 @@ class DataSection(Section):
     """Share of the images for validation, per class, where the data has no val split."""
     test_fraction: Fraction | None = None
     """Share kept back for one look by ``tuner train``, where the data has no test split. Default: no test split."""
+    folds: Annotated[int, _within(2)] | None = None
+    """Score each trial on this many stratified folds of train and val together. Default: on val, once."""
     max_bad_fraction: Annotated[float, _within(0, 1, brackets="[)")] = 0.01
     """Share of images that may fail to decode; they are listed and left out. More is an error."""
 
@@ -219,6 +204,12 @@ class SearchSection(Section):
     """COMPLETE and PRUNED trials of the whole study, whatever the number of runs, workers and failures."""
     screen: Annotated[int, _within(0)] = 0
     """Head-only trials of each backbone before the search, besides n_trials; 0: none."""
+    seeds_per_trial: Annotated[int, _within(1)] = 1
+    """Trainings of each trial with seeds of their own (on every fold); its value is their mean."""
+    confirm_fraction: Annotated[float, _within(0, 1, brackets="[)")] = 0.0
+    """Share of the time kept back to train the best few again on fresh seeds when the search ends; 0: none."""
+    budget: Annotated[str, AfterValidator(check_budget)] | None = None
+    """Of the whole study, all runs together: "2 gpu-hours" of devices (CPU cores count as devices), or a wall time."""
     timeout: Annotated[float, BeforeValidator(parse_duration)] | None = None
     """Of one run: after it no trial starts, and the running ones finish. Default: none."""
     trial_timeout: Annotated[float, BeforeValidator(parse_duration)] | None = None
@@ -238,6 +229,13 @@ class WorkersSection(Section):
     """Least time between two checkpoints of a trial; a killed run goes on from the last one."""
 
 
+class WarmStartSection(Section):
+    """``[warm_start]``: what earlier studies of the same storage have found."""
+
+    studies: Annotated[tuple[Annotated[str, AfterValidator(_check_name)], ...], Field(strict=False)]
+    """Names; the confirmed best recipe of each, else its best, is tried first, as near as the space allows."""
+
+
 class StudySpec(Section):
     """A study file, checked, with its paths made absolute."""
 
@@ -249,6 +247,7 @@ class StudySpec(Section):
     pretraining: PretrainingSection | None = None
     search: SearchSection = SearchSection()
     workers: WorkersSection = WorkersSection()
+    warm_start: WarmStartSection | None = None
     enqueue: Annotated[tuple[dict[str, str | int | float], ...], Field(strict=False)] = ()
 
     def fixed_params(self) -> dict[str, str | int | float]:

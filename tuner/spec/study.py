@@ -20,6 +20,7 @@ SECTIONS: dict[str, type[Section]] = {
     "pretraining": sections.PretrainingSection,
     "search": sections.SearchSection,
     "workers": sections.WorkersSection,
+    "warm_start": sections.WarmStartSection,
 }
 _TABLES = (*SECTIONS, "space", "backbones", "enqueue")
 _MAX_DEPTH = 20

@@ -106,6 +106,7 @@ def _train(job: CohortJob) -> Generator[CohortEpoch, frozenset[int] | None, None
         train_seconds = perf_counter() - started
         scores = score_stacked_logits(cohort.predict_part, job.val_labels, cohort.split_trials(len(job.val_labels)))
         seconds = (perf_counter() - started) / len(cohort.trials)
+        val_seconds = seconds - train_seconds / len(cohort.trials)
         speed = cohort.n_images * len(cohort.trials) / train_seconds
         results: dict[int, tuple[EpochResult, Scores] | Diverged] = {}
         for index, loss, score in zip(cohort.trials, losses, scores, strict=True):
@@ -114,7 +115,9 @@ def _train(job: CohortJob) -> Generator[CohortEpoch, frozenset[int] | None, None
             elif not math.isfinite(score.loss):
                 results[index] = tell_bad_validation(score.loss, epoch)
             else:
-                result = summarise_epoch(epoch, loss, score, seconds=seconds, images_per_second=speed)
+                result = summarise_epoch(
+                    epoch, loss, score, seconds=seconds, val_seconds=val_seconds, images_per_second=speed
+                )
                 results[index] = (result, score)
         diverged = frozenset(index for index, result in results.items() if isinstance(result, Diverged))
         stopped = yield CohortEpoch(epoch=epoch, results=results, heads=cohort.list_heads(but=diverged))

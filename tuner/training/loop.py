@@ -113,7 +113,16 @@ def _train_and_validate(
             scores = _validate(job, val, epoch)
             seconds = perf_counter() - started
             speed = training.n_images / train_seconds
-            results.append(summarise_epoch(epoch, train_loss, scores, seconds=seconds, images_per_second=speed))
+            results.append(
+                summarise_epoch(
+                    epoch,
+                    train_loss,
+                    scores,
+                    seconds=seconds,
+                    val_seconds=seconds - train_seconds,
+                    images_per_second=speed,
+                )
+            )
             yield results[-1], scores
             # Whoever asks on has not pruned the trial. After the last epoch there is nothing to go on to.
             if file is not None and file.is_due and epoch < job.params.epochs:
@@ -236,7 +245,7 @@ def tell_bad_validation(loss: float, epoch: int) -> Diverged:
 
 
 def summarise_epoch(
-    epoch: int, train_loss: float, scores: Scores, *, seconds: float, images_per_second: float
+    epoch: int, train_loss: float, scores: Scores, *, seconds: float, val_seconds: float, images_per_second: float
 ) -> EpochResult:
     """Return an epoch's numbers as they travel."""
     return EpochResult(
@@ -249,6 +258,7 @@ def summarise_epoch(
         val_macro_recall=scores.macro_recall,
         val_macro_f1=scores.macro_f1,
         seconds=seconds,
+        val_seconds=val_seconds,
         images_per_second=images_per_second,
     )
 

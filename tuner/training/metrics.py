@@ -127,6 +127,21 @@ def score_predictions(
     )
 
 
+def pool_scores(parts: Sequence[Scores]) -> Scores:
+    """Return what predictions on several sets of images of the same classes are worth together.
+
+    Args:
+        parts: At least one.
+    """
+    n_images = sum(len(part.labels) for part in parts)
+    return score_predictions(
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.predictions for part in parts]),
+        len(parts[0].recall),
+        loss=sum(part.loss * len(part.labels) for part in parts) / n_images,
+    )
+
+
 def count_confusion(labels: NDArray[np.int64], predictions: NDArray[np.int64], n_classes: int) -> NDArray[np.int64]:
     """Return the counts of (true class, predicted class), shape ``(n_classes, n_classes)``."""
     cells = np.bincount(labels * n_classes + predictions, minlength=n_classes**2)

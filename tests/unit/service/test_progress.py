@@ -21,7 +21,6 @@ from tuner.service.progress import (
     SilentDisplay,
     TrialFinished,
     TrialsStarted,
-    format_seconds,
 )
 from tuner.trial import Reason, TrialOutcome, TrialState
 
@@ -113,12 +112,6 @@ def test_live_display_shows_workers_counts_and_best() -> None:
     assert "best: trial 0, 0.7500" in text
     assert "a [red]note[/red]" in text
     assert "trial 1: fail (worker lost: [bold] is no markup)" in text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(8, "8 s"), (200, "3 min"), (9000, "2.5 h")])
-def test_format_seconds_speaks_as_a_person(seconds: float, text: str) -> None:
-    """One unit, no more digits than matter."""
-    assert format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize("kind", ["plain", "live"])

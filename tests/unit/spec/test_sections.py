@@ -6,40 +6,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tuner.spec.sections import BackboneSection, StudySpec, WorkersSection, parse_duration
+from tuner.spec.sections import BackboneSection, StudySpec, WorkersSection
 from tuner.spec.space import Choices, FloatRange, IntRange
 
 from .builders import parse
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("2h", 7200),
-        ("90m", 5400),
-        ("1h30m", 5400),
-        ("1h 30m", 5400),
-        ("45min", 2700),
-        ("20s", 20),
-        ("1.5h", 5400),
-        ("1h2m3s", 3723),
-        (90, 90),
-        (0.5, 0.5),
-    ],
-)
-def test_parse_duration_reads_units(value: object, seconds: float) -> None:
-    """Hours, minutes and seconds add up; a bare number is seconds."""
-    assert parse_duration(value) == seconds
-
-
-@pytest.mark.parametrize(
-    "value",
-    ["", "soon", "2", "2h30", "-2h", "0h", "30m2h", 0, -1, True, None, [1], float("inf"), float("nan"), 10**400],
-)
-def test_parse_duration_refuses_the_rest(value: object) -> None:
-    """Everything else gets the three examples."""
-    with pytest.raises(ValueError, match=re.escape('must be a duration such as "2h", "90m" or "1h30m"')):
-        parse_duration(value)
 
 
 @pytest.mark.parametrize(
