@@ -12,13 +12,15 @@
     ├── DeviceError       9  the device does not exist or is busy
     └── SearchError      10  no trial completed, or too many failed in a row
 
-Exit code 1 is a bug and keeps its traceback, 2 is click's usage error, 11 is "done, but some files were skipped",
-130 is Ctrl-C and 143 is SIGTERM. A message reads ``<where>: <what must hold>, got <value>; <what to do>``.
+Exit code 1 is a bug and keeps its traceback, 2 is click's usage error, 11 is "done, but some files were skipped", 12 is
+"the model card does not hold", 130 is Ctrl-C and 143 is SIGTERM. A message reads
+``<where>: <what must hold>, got <value>; <what to do>``.
 """
 
 from collections.abc import Iterable
 
 EXIT_SKIPPED = 11
+EXIT_NOT_VERIFIED = 12
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
 

@@ -146,7 +146,7 @@ def run_study_honestly(task: Task, seed: int, folder: Path, *, smoke: bool) -> d
             print(f"{task.name} {seed}: trial {number}: {error}", flush=True)
         else:
             assert result.test is not None
-            tests[number] = result.test.accuracy
+            tests[number] = result.test.scores.accuracy
     prediction = confirmation.prediction
     return {
         "task": task.name,

@@ -65,7 +65,7 @@ def interrupt(folder: Path, number: int, *, epoch: int) -> Desk:
 
 def strip(desk: Desk, number: int) -> list[EpochResult]:
     """Return a trial's curve without its times."""
-    return [replace(each, seconds=0.0, images_per_second=0.0) for each in desk.curve(number)]
+    return [replace(each, seconds=0.0, val_seconds=0.0, images_per_second=0.0) for each in desk.curve(number)]
 
 
 def test_session_reports_the_epochs_of_the_lost_trial_again(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import click
 from tuner.cli.cache import cache
 from tuner.cli.results import backup, best, delete, list_, show, status, trials
 from tuner.cli.searching import check, confirm, dashboard, init, run
-from tuner.cli.using import export, predict, train
+from tuner.cli.using import evaluate, export, predict, train, verify
 from tuner.errors import EXIT_SIGINT, StorageError, TunerError
 from tuner.spec.printable import as_printable
 
@@ -46,7 +46,7 @@ def cli() -> None:
 
 
 for command in (
-    *(init, check, run, confirm, list_, status, trials, show, best, train, predict, export),
+    *(init, check, run, confirm, list_, status, trials, show, best, train, evaluate, verify, predict, export),
     *(delete, backup, dashboard, cache),
 ):
     cli.add_command(command)

@@ -124,7 +124,7 @@ def _conclude(status: "StudyStatus", again: list[str]) -> str:
         code = ["--allow-code"] if status.best.needs_code else []
         confirm = []
         if status.confirmation is None:
-            command = shlex.join(["tuner", "confirm", status.name, *where])
+            command = shlex.join(["tuner", "confirm", status.name, *code, *where])
             confirm = [f"  {command}   # the best of many is partly luck: train the best few on fresh seeds"]
         best, train, board = (
             shlex.join(["tuner", *arguments, *where])
@@ -149,11 +149,19 @@ def _conclude(status: "StudyStatus", again: list[str]) -> str:
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Recipes to train again.")
 @click.option("--seeds", type=click.IntRange(min=2), default=3, show_default=True, help="Fresh seeds for each.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Workers, instead of one per device or core.")
+@click.option("--allow-code", is_flag=True, help="Let a backbone that is a function of yours be imported.")
 @storage_option
 @click.option("--quiet", is_flag=True, help="Print the result only.")
 @json_option
 def confirm(  # noqa: PLR0917 - click passes each option
-    study: str, top: int, seeds: int, workers: int | None, storage: str | None, quiet: bool, as_json: bool
+    study: str,
+    top: int,
+    seeds: int,
+    workers: int | None,
+    allow_code: bool,
+    storage: str | None,
+    quiet: bool,
+    as_json: bool,
 ) -> int:
     """Train the best few recipes again on fresh seeds, and say what production will get.
 
@@ -168,9 +176,17 @@ def confirm(  # noqa: PLR0917 - click passes each option
     from tuner.service.progress import make_display
 
     display = make_display(quiet=quiet or as_json)
-    status = confirm_study(study, top=top, n_seeds=seeds, storage=storage, n_workers=workers, display=display)
+    status = confirm_study(
+        study,
+        top=top,
+        n_seeds=seeds,
+        storage=storage,
+        n_workers=workers,
+        allow_code=allow_code,
+        display=display,
+    )
     again = ["confirm", study, "--top", str(top), "--seeds", str(seeds)]
-    again += ["--storage", storage] if storage else []
+    again += [*(["--storage", storage] if storage else []), *(["--allow-code"] if allow_code else [])]
     say(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, again))
     return _STOP_CODES.get(status.stopped_by, 0)
 

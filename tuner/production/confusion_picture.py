@@ -1,25 +1,19 @@
-"""The confusion matrix as a picture: no window, no global state of matplotlib, names drawn as they are."""
+"""The confusion matrix as a picture."""
 
-import warnings
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 from numpy.typing import NDArray
 
-_DPI = 120
+from tuner.production.pictures import shorten_name, write_picture
+
 _MIN_INCHES, _MAX_INCHES = 3.2, 22.0
 """Side of the matrix."""
-_MAX_CHARACTERS = 24
 _MAX_DETAILED = 120
 """Classes; beyond it cells are too small for counts and for lines between them."""
 _POINTS_PER_INCH = 72
-_FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans Arabic")
-"""For names in other scripts; those that are installed are tried in turn."""
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], classes: tuple[str, ...], *, title: str) -> None:
@@ -31,20 +25,14 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], classes: tuple[str,
         classes: Their names; nothing in them is taken for markup.
         title: Stands above.
     """
-    fonts = [font for font in _FONTS if font in fontManager.get_font_names()]
-    with (
-        warnings.catch_warnings(),
-        mpl.rc_context({"text.usetex": False, "text.parse_math": False, "font.family": fonts}),
-    ):
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # then it is drawn as a box
-        _draw_figure(confusion, classes, title).savefig(path, dpi=_DPI, bbox_inches="tight")
+    write_picture(path, lambda: draw_confusion_figure(confusion, classes, title))
 
 
-def _draw_figure(confusion: NDArray[np.int64], classes: tuple[str, ...], title: str) -> Figure:
+def draw_confusion_figure(confusion: NDArray[np.int64], classes: tuple[str, ...], title: str) -> Figure:
+    """Return what ``draw_confusion`` writes."""
     n_classes = len(classes)
     side = min(max(_MIN_INCHES, n_classes * _choose_cell(n_classes)), _MAX_INCHES)
     figure = Figure(figsize=(side, side))
-    FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))  # names stick out of it; the file is cut to fit
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -65,7 +53,7 @@ def _choose_cell(n_classes: int) -> float:
 def _name_axes(axes: Axes, classes: tuple[str, ...], cell_points: float) -> None:
     size = float(np.clip(0.6 * cell_points, 6, 10))
     step = max(1, int(np.ceil(1.2 * size / cell_points)))  # names may not overlap
-    names = [_shorten(name) for name in classes[::step]]
+    names = [shorten_name(name) for name in classes[::step]]
     positions = np.arange(0, len(classes), step)
     turned = any(len(name) * 0.6 * size > cell_points for name in names)
     axes.set_xticks(positions, labels=names, fontsize=size, rotation=90 if turned else 0)
@@ -80,13 +68,6 @@ def _separate_cells(axes: Axes, n_classes: int) -> None:
     axes.set_yticks(edges, minor=True)
     axes.grid(which="minor", color="0.85", linewidth=0.5)
     axes.tick_params(which="minor", length=0)
-
-
-def _shorten(name: str) -> str:
-    """Return a name on one line, cut in the middle so that numbered names stay apart."""
-    name = "".join(character if character.isprintable() else " " for character in name)
-    half = _MAX_CHARACTERS // 2
-    return name if len(name) <= _MAX_CHARACTERS else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _write_counts(axes: Axes, confusion: NDArray[np.int64], shares: NDArray[np.float64], cell_points: float) -> None:

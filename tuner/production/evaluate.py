@@ -3,32 +3,10 @@
 import math
 from typing import Any
 
-import torch
-from torch import nn
-
-from tuner.data.image_set import ImageSet
-from tuner.models.backbone import Preprocessing
-from tuner.training.batches import predict_logits
-from tuner.training.metrics import Scores, score_logits
+from tuner.training.metrics import Scores
 
 _Z_95 = 1.959963984540054
 """Standard normal quantile at 0.975."""
-
-
-def evaluate_model(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, batch_size: int
-) -> Scores:
-    """Return what a model's predictions on images are worth.
-
-    Args:
-        model: On the device; it is left in eval mode.
-        images: At least one.
-        preprocessing: The backbone's.
-        device: Where the model is.
-        batch_size: Images taken at once, at least.
-    """
-    logits = predict_logits(model, images, preprocessing, device, batch_size=batch_size)
-    return score_logits(logits, images.labels.to(device))
 
 
 def count_images(scores: Scores) -> int:

@@ -148,7 +148,14 @@ def _describe_preprocessing(model: nn.Module, manifest: Manifest, form: str) -> 
             "value": "(pixel / 255 - mean) / std, per channel; the caller computes it",
         },
         "input": {"name": INPUT_NAME, "dtype": dtype, "shape": ["batch", 3, side, side]},
-        "output": {"name": OUTPUT_NAME, "dtype": dtype, "shape": ["batch", n_classes], "value": "logits"},
+        "output": {
+            "name": OUTPUT_NAME,
+            "dtype": dtype,
+            "shape": ["batch", n_classes],
+            "value": "logits",
+            "temperature": manifest.temperature,
+            "probabilities": "softmax(logits / temperature)",
+        },
         "classes": list(manifest.classes),
     }
 

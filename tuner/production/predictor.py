@@ -18,6 +18,7 @@ from tuner.data.decode import decode_image, explain_bad_image, open_image
 from tuner.data.image_set import ImageSet
 from tuner.data.source_folder import IMAGE_SUFFIXES
 from tuner.errors import DataError
+from tuner.production.calibration import softmax
 from tuner.production.machine import choose_device, find_own_code, reporting_memory, using_cores
 from tuner.training.batches import predict_logits
 from tuner.training.device import MEMORY_FORMAT
@@ -156,7 +157,7 @@ class Predictor:
             self._device, n_images=len(images), advice="choose a smaller batch_size or another device"
         ):
             logits = predict_logits(self._model, batch, preprocessing, self._device, batch_size=len(images))
-        probabilities: list[list[float]] = logits.double().softmax(dim=1).tolist()
+        probabilities: list[list[float]] = softmax(logits, self.manifest.temperature).tolist()
         return probabilities
 
     def _describe(self, path: Path, probabilities: list[float]) -> Prediction:

@@ -1,7 +1,9 @@
 """Retrain the best recipe on train + val, look at test once, and write the model folder."""
 
 import platform
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,26 +12,37 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from tuner.data.content import list_digests
-from tuner.data.duplicates import Compared, Duplicates, describe_exact, describe_near, find_duplicates
-from tuner.data.image_set import ImageSet, load_image_set, move_to
+from tuner.data.image_set import ImageSet, move_to
 from tuner.data.index import Split
-from tuner.data.splits import has_test, unlock_test
-from tuner.errors import DataError, ExportError, ModelError
-from tuner.production.evaluate import evaluate_model
+from tuner.errors import ExportError, ModelError
+from tuner.production.calibration import fit_temperature
+from tuner.production.locked_test import (
+    Announce,
+    TestScores,
+    compare_with_test,
+    load_images,
+    look_at_test,
+    open_test,
+)
 from tuner.production.machine import choose_device, reporting_memory, using_cores
-from tuner.production.openings import check_writable, list_openings, record_opening
-from tuner.production.stored_recipe import StoredRecipe, compare_weights, permit_code, read_data, read_recipe
+from tuner.production.stored_recipe import (
+    StoredRecipe,
+    compare_weights,
+    permit_code,
+    read_data,
+    read_recipe,
+    record_retraining,
+)
 from tuner.production.train_result import NO_TEST, TrainResult, add_result_files
+from tuner.search.samplers import derive_seed
 from tuner.service.study_data import StudyData
+from tuner.training.batches import predict_logits
 from tuner.training.loop import Diverged, TrainingJob, train_only
-from tuner.training.metrics import Scores
 from tuner.training.package import Manifest, check_replaceable, write_package
 from tuner.training.prepare import prepare_model
 from tuner.training.pretrain import pretrain_backbone
-from tuner.trial import EpochResult
+from tuner.trial import EpochResult, TrialParams
 
-Announce = Callable[[str], None]
 _MEMORY_ADVICE = "free some, or choose another --device"
 
 
@@ -41,11 +54,14 @@ def train_best(
     device: str = "auto",
     allow_code: bool = False,
     trial: int | None = None,
+    n_seeds: int = 1,
     announce: Announce | None = None,
 ) -> TrainResult:
     """Retrain a study's best recipe on train + val, evaluate it on test once, and write the model folder.
 
-    The same study gives the same weights again on a CPU with the same number of threads.
+    The recipe keeps its epochs, so that the optimizer's steps grow with the images. It is also trained on train alone,
+    for val to tell the temperature that calibrates its probabilities. The same study gives the same weights again on a
+    CPU with the same number of threads.
 
     Args:
         study: The study's name.
@@ -54,6 +70,8 @@ def train_best(
         device: ``auto``, ``cpu`` or ``cuda:N``.
         allow_code: Whether a backbone that is a user's function may be imported and called.
         trial: Number of the completed trial to retrain; default: the confirmed best, else the best of the search.
+        n_seeds: Models to train, by seeds of their own, all looked at in the one look at test. The first is written,
+            whatever that shows: choosing by test would make its number worthless.
         announce: Told what is going on, a line at a time.
 
     Raises:
@@ -61,7 +79,10 @@ def train_best(
         DataError: If the images cannot be used, or are not the study's.
         ModelError: If the backbone or its weights cannot be used, or would run code that was not allowed.
         StudyError, StorageError, DeviceError: If there is no such study, storage or device, or no memory left.
+        ValueError: If there is no seed.
     """
+    if n_seeds < 1:
+        raise ValueError(f"n_seeds: must be at least 1, got {n_seeds}")
     announce = announce or _say_nothing
     folder = Path(out)
     check_place(folder)
@@ -72,8 +93,7 @@ def train_best(
     if note := compare_weights(recipe):
         announce(note)
     with using_cores() as n_threads:
-        retraining = _Retraining(recipe, data, chosen, n_threads, announce)
-        return retraining.run(folder)
+        return _Retraining(recipe, data, chosen, n_threads, announce).run(folder, n_seeds)
 
 
 def _say_nothing(_: str) -> None:
@@ -114,69 +134,62 @@ class _Retraining:
         self._params = recipe.params
         self._preprocessing = recipe.preprocessing
 
-    def run(self, folder: Path) -> TrainResult:
+    def run(self, folder: Path, n_seeds: int) -> TrainResult:
         """Train, look at test, and write the folder."""
         # Decoded first, so that an unreadable test image does not show after hours of training. No model has seen it.
-        test = self._open_test()
+        recipe, n_threads = self._recipe, self._n_threads
+        test = open_test(recipe, self._data, n_threads=n_threads)
+        if test is None:
+            self._announce(f"{NO_TEST}; data.test_fraction = 0.2 in a new study keeps one back")
         with reporting_memory(self._device, n_images=self._params.batch_size, advice=_MEMORY_ADVICE):
-            images = self._load_images(Split.TRAIN, Split.VAL)
-        duplicates = None if test is None else self._compare_with_test(test, images)
-        model = self._train_model(images)
-        scores = None if test is None else self._look_at_test(model, test, folder)
-        recipe = self._recipe
+            images = load_images(recipe, self._data, Split.TRAIN, Split.VAL, n_threads=n_threads)
+        duplicates = None if test is None else compare_with_test(self._data, test, images, self._announce)
+        started = time.perf_counter()
+        seeds = list_seeds(self._params.seed, n_seeds)
+        temperature = self._fit_temperature()
+        models = [self._train_model(images, replace(self._params, seed=seed), "train + val") for seed in seeds]
+        seconds = time.perf_counter() - started
+        record_retraining(recipe, seconds)
+        scores = None if test is None else self._look(models, test, folder, temperature)
         result = TrainResult(
             folder=folder,
-            study=recipe.study,
-            number=recipe.number,
-            objective=recipe.spec.study.objective,
-            search_value=recipe.value,
+            recipe=recipe,
+            seeds=seeds,
             n_trained_images=len(images.labels),
-            classes=self._data.index.classes,
+            temperature=temperature,
+            seconds=seconds,
+            device=str(self._device),
+            n_threads=n_threads,
+            versions=_list_versions(recipe.facts.versions),
             test=scores,
             test_duplicates=duplicates,
         )
-        write_package(folder, model, self._describe_model(), lambda path: add_result_files(path, result, recipe.tables))
+        write_package(folder, models[0], self._describe_model(result), lambda path: add_result_files(path, result))
         return result
 
-    def _open_test(self) -> ImageSet | None:
-        if not has_test(self._data.index, self._data.splits):
-            self._announce(f"{NO_TEST}; data.test_fraction = 0.2 in a new study keeps one back")
-            return None
-        check_writable(self._recipe.storage)
-        test = self._load_images(Split.TEST)
-        if not len(test.labels):
-            raise DataError("data: test must hold images of the study's classes, got none")
-        return test
+    def _fit_temperature(self) -> float:
+        """Return the temperature that a model of the recipe needs, trained on train alone, on val."""
+        train, val = (
+            load_images(self._recipe, self._data, split, n_threads=self._n_threads)
+            for split in (Split.TRAIN, Split.VAL)
+        )
+        model = self._train_model(train, self._params, "train", purpose=", so that val can calibrate it")
+        with reporting_memory(self._device, n_images=self._params.batch_size, advice=_MEMORY_ADVICE):
+            val = move_to(val, self._device)
+            logits = predict_logits(model, val, self._preprocessing, self._device, batch_size=self._params.batch_size)
+        if not logits.isfinite().all():
+            raise ModelError(f"trial {self._recipe.number}: its recipe must converge on train, got logits of infinity")
+        return fit_temperature(logits, val.labels.to(self._device))
 
-    def _compare_with_test(self, test: ImageSet, trained: ImageSet) -> Duplicates:
-        """Say before anything is trained which test images are among those that the model will have seen."""
-        index, _ = unlock_test(self._data.index, self._data.splits)
-
-        def take(images: ImageSet) -> Compared:
-            rows = images.rows.numpy()
-            names = tuple(index.names[row] for row in rows)
-            return Compared(names=names, digests=list_digests(index, rows), pixels=images.pixels.numpy())
-
-        duplicates = find_duplicates(take(test), take(trained))
-        for describe in (describe_exact, describe_near):
-            for line in describe(duplicates, held_out="test", others="train + val"):
-                self._announce(line)
-        return duplicates
-
-    def _load_images(self, *which: Split) -> ImageSet:
-        index, splits, section = self._data.index, self._data.splits, self._recipe.spec.data
-        interpolation = self._preprocessing.interpolation
-        return load_image_set(index, splits, section, which, interpolation=interpolation, n_threads=self._n_threads)
-
-    def _train_model(self, images: ImageSet) -> nn.Module:
-        """Return a model trained on the images of train and val."""
-        params, device = self._params, self._device
+    def _train_model(self, images: ImageSet, params: TrialParams, splits: str, purpose: str = "") -> nn.Module:
+        """Return a model trained on the images of some splits."""
+        device = self._device
         with reporting_memory(device, n_images=params.batch_size, advice=_MEMORY_ADVICE):
             images = move_to(images, device)
             model = prepare_model(params, self._recipe.spec, images.n_classes, self._pretrain())
             self._announce(
                 f"retraining trial {self._recipe.number} ({params.backbone}) on {len(images.labels)} images of "
-                f"train + val, {params.epochs} epochs, {device}"
+                f"{splits}, {params.epochs} epochs, {device}{purpose}"
             )
             job = TrainingJob(
                 model=model, params=params, train=images, val=None, preprocessing=self._preprocessing, device=device
@@ -184,8 +197,9 @@ class _Retraining:
             try:
                 train_only(job, self._announce_epoch)
             except Diverged as error:
-                what = f"must converge on train + val too, got: {error}"
-                raise ModelError(f"trial {self._recipe.number}: its recipe {what}") from error
+                raise ModelError(
+                    f"trial {self._recipe.number}: its recipe must converge on {splits} too, got: {error}"
+                ) from error
         return model
 
     def _announce_epoch(self, epoch: int, loss: float) -> None:
@@ -202,18 +216,20 @@ class _Retraining:
             return None
         return pretrain_backbone(self._params.backbone, self._recipe.spec, self._device, announce_epoch)
 
-    def _look_at_test(self, model: nn.Module, test: ImageSet, folder: Path) -> Scores:
-        """Evaluate the model on test; the look is recorded first, so that no number is seen unrecorded."""
-        recipe = self._recipe
-        n_earlier = len(list_openings(recipe.study, storage=recipe.storage))
-        earlier = f"; earlier looks: {n_earlier}, and choosing between their numbers biases them"
-        self._announce(f"looking at test once: {len(test.labels)} images{earlier if n_earlier else ''}")
-        record_opening(recipe.study, f"train: trial {recipe.number} to {folder.resolve()}", storage=recipe.storage)
-        with reporting_memory(self._device, n_images=self._params.batch_size, advice="choose another --device"):
-            images = move_to(test, self._device)
-            return evaluate_model(model, images, self._preprocessing, self._device, batch_size=self._params.batch_size)
+    def _look(self, models: list[nn.Module], test: ImageSet, folder: Path, temperature: float) -> TestScores:
+        return look_at_test(
+            models,
+            test,
+            self._recipe,
+            reason=f"train: trial {self._recipe.number} to {folder.resolve()}",
+            temperature=temperature,
+            preprocessing=self._preprocessing,
+            batch_size=self._params.batch_size,
+            device=self._device,
+            announce=self._announce,
+        )
 
-    def _describe_model(self) -> Manifest:
+    def _describe_model(self, result: TrainResult) -> Manifest:
         recipe, section = self._recipe, self._recipe.spec.data
         return Manifest(
             backbone=self._params.backbone,
@@ -223,6 +239,7 @@ class _Retraining:
             image_size=section.image_size,
             resize=section.resize,
             params=self._params,
+            temperature=result.temperature,
             provenance={
                 "study": recipe.study,
                 "trial": recipe.number,
@@ -231,12 +248,17 @@ class _Retraining:
                 "trained_on": "train+val",
                 "data_hash": self._data.hash,
                 "split_counts": recipe.facts.split_counts,
-                "device": str(self._device),
-                "n_threads": self._n_threads,
-                "versions": _list_versions(recipe.facts.versions),
+                "device": result.device,
+                "n_threads": result.n_threads,
+                "versions": result.versions,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )
+
+
+def list_seeds(seed: int, n_seeds: int) -> tuple[int, ...]:
+    """Return the seeds of some retrainings: the trial's own, then others."""
+    return seed, *(derive_seed(seed, "retrain", number, bits=63) for number in range(1, n_seeds))
 
 
 def _list_versions(packages: Iterable[str]) -> dict[str, str]:

@@ -1,17 +1,21 @@
 """What retraining starts from: the best trial's recipe, and the study's images and weights, still the same ones."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from optuna.exceptions import StorageInternalError
 
 from tuner.data.splits import unpack_splits
-from tuner.errors import DataError, ModelError
+from tuner.errors import DataError, ModelError, StorageError
 from tuner.models.backbone import Preprocessing, is_own
 from tuner.models.weights import find_weights
 from tuner.production.best import best_params
 from tuner.production.machine import find_own_code
 from tuner.production.reading import open_stored
+from tuner.search.confirmation import Confirmation, read_confirmation
+from tuner.search.ledger import RETRAINS_ATTR, Ledger, read_ledger
 from tuner.search.study_facts import StudyFacts, explain_damage
 from tuner.service.study_data import StudyData, read_study_data
 from tuner.spec.sections import BackboneSection, StudySpec
@@ -30,6 +34,10 @@ class StoredRecipe:
     facts: StudyFacts
     tables: dict[str, Any]
     """What ``best_params`` returned."""
+    confirmation: Confirmation | None
+    ledger: Ledger
+    n_trials: int
+    """That have ended, of the screen and of the confirmation too."""
 
     @property
     def number(self) -> int:
@@ -66,8 +74,24 @@ def read_recipe(study: str, storage: str | None, trial: int | None = None) -> St
         StudyError, StorageError: If there is no such study.
     """
     tables = best_params(study, storage=storage, trial=trial)
-    with open_stored(study, storage) as (stored, url):
-        return StoredRecipe(study=study, storage=url, spec=stored.spec, facts=stored.facts, tables=tables)
+    with open_stored(study, storage) as (stored, url), explain_damage(f"study {study!r}"):
+        return StoredRecipe(
+            study=study,
+            storage=url,
+            spec=stored.spec,
+            facts=stored.facts,
+            tables=tables,
+            confirmation=read_confirmation(stored.study),
+            ledger=read_ledger(stored.study),
+            n_trials=sum(trial.state.is_finished() for trial in stored.study.get_trials(deepcopy=False)),
+        )
+
+
+def record_retraining(recipe: StoredRecipe, seconds: float) -> None:
+    """Add the device-seconds of a retraining to the study's bill; a database that cannot be written costs the bill."""
+    with suppress(StorageError, StorageInternalError), open_stored(recipe.study, recipe.storage) as (stored, _):
+        earlier = stored.study.user_attrs.get(RETRAINS_ATTR, [])
+        stored.study.set_user_attr(RETRAINS_ATTR, [*earlier, round(seconds, 1)])
 
 
 def permit_code(recipe: StoredRecipe, *, allow_code: bool) -> None:

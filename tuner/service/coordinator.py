@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from optuna.storages import RDBStorage
 
-from tuner.errors import EXIT_SIGTERM, StorageBusyError, StorageError, StudyError
+from tuner.errors import EXIT_SIGTERM, ModelError, StorageBusyError, StorageError, StudyError
 from tuner.search.confirmation import DEFAULT_SEEDS, DEFAULT_TOP
 from tuner.search.patience import ATTEMPT_SECONDS, Patience
 from tuner.search.storage import (
@@ -32,6 +32,7 @@ from tuner.service.search_loop import SearchLoop
 from tuner.service.signals import StopSignals
 from tuner.service.study_run import StudyRun, is_confirmed
 from tuner.spec.sections import StudySpec
+from tuner.spec.space import is_users_code
 
 
 def run_study(
@@ -88,6 +89,7 @@ def confirm_study(
     n_seeds: int = DEFAULT_SEEDS,
     storage: str | None = None,
     n_workers: int | None = None,
+    allow_code: bool = False,
     display: Display | None = None,
 ) -> StudyStatus:
     """Train the best few recipes of a study again on fresh seeds, and rank them by what they show there.
@@ -100,10 +102,12 @@ def confirm_study(
         n_seeds: Fresh seeds for each, at least 2.
         storage: SQLite URL; default: ``TUNER_STORAGE``, or ``sqlite:///studies.db``.
         n_workers: As for ``run_study``.
+        allow_code: Whether backbones that are a user's functions may be imported: a stored study alone imports nothing.
         display: What the user sees; default: nothing.
 
     Raises:
         ValueError: If there is nothing to train.
+        ModelError: If code is not allowed.
         StudyError: If there is no such study, it is running, no trial completed, or its images are others now.
         DataError, ModelError, DeviceError, StorageError: If something cannot be used.
         SearchError: If five trainings fail in a row.
@@ -113,7 +117,13 @@ def confirm_study(
     url = resolve_url(storage)
     started = time.monotonic()
     with use_storage(url) as opened:
-        load_stored(opened, study)  # before the lock: a study that is not there makes no file
+        stored = load_stored(opened, study)  # before the lock: a study that is not there makes no file
+    own = [name for name in stored.spec.backbone_names() if is_users_code(name)]
+    if own and not allow_code:
+        raise ModelError(
+            f"study {study!r}: must have backbones of timm or tuner, got the function {own[0]!r}; "
+            "allow code (--allow-code) only if you trust the study and that function"
+        )
     with display or SilentDisplay() as shown, _open_alone(url, study, shown) as opened:
         stored = load_stored(opened, study)
         if find_best(stored.study) is None:

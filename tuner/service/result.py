@@ -15,6 +15,7 @@ from tuner.search.trial_attrs import count_reasons
 from tuner.service.kept_models import model_folder
 from tuner.spec.durations import format_seconds
 from tuner.spec.printable import as_printable
+from tuner.spec.space import is_users_code
 
 StoppedBy = Literal["done", "timeout", "budget", "sigint", "sigterm"]
 
@@ -33,8 +34,7 @@ class BestTrial:
     @property
     def needs_code(self) -> bool:
         """Whether its backbone is a function of the user's."""
-        backbone = str(self.recipe["backbone"])
-        return ":" in backbone and not backbone.startswith("tuner:")
+        return is_users_code(str(self.recipe["backbone"]))
 
 
 @dataclass(frozen=True, kw_only=True)

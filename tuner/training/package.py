@@ -1,6 +1,7 @@
 """The model folder: ``model.safetensors`` and ``model.json``, all that predicting needs. Nothing in it is pickled."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +22,17 @@ from tuner.trial import TrialParams
 
 WEIGHTS_NAME = "model.safetensors"
 MANIFEST_NAME = "model.json"
-_OWN_NAMES = {WEIGHTS_NAME, MANIFEST_NAME, "metrics.json", "params.toml", "confusion_matrix.png"}
+_OWN_NAMES = {
+    WEIGHTS_NAME,
+    MANIFEST_NAME,
+    "metrics.json",
+    "params.toml",
+    "confusion_matrix.png",
+    "scores.png",
+    "calibration.png",
+    "model_card.md",
+    "model_card.json",
+}
 """All that a model folder may hold."""
 _FORMAT = 1
 
@@ -39,6 +50,8 @@ class Manifest:
     image_size: int
     resize: str
     params: TrialParams
+    temperature: float = 1.0
+    """Divides the logits, so that probabilities are calibrated; > 0."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Study, trial, value, versions and what else a person may ask; plain JSON."""
 
@@ -68,6 +81,9 @@ class Manifest:
         image_size = int(values["image_size"])
         if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
             raise ValueError(f"image_size must lie in [{MIN_IMAGE_SIZE}, {MAX_IMAGE_SIZE}], got {image_size}")
+        temperature = float(values.get("temperature", 1.0))
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be greater than 0, got {temperature}")
         return cls(
             backbone=str(values["backbone"]),
             kwargs=section.kwargs,
@@ -76,6 +92,7 @@ class Manifest:
             image_size=image_size,
             resize=str(values["resize"]),
             params=TrialParams.from_json(values["params"]),
+            temperature=temperature,
             provenance=dict(values["provenance"]),
         )
 

@@ -118,7 +118,7 @@ def _ask(book: TrialBook) -> tuple[int, int]:
 def make_epoch(epoch: int, accuracy: float) -> EpochResult:
     """Return an epoch that reached an accuracy."""
     values = dict.fromkeys((field.name for field in dataclasses.fields(EpochResult)), 0.5)
-    return EpochResult(**values | {"epoch": epoch, "val_accuracy": accuracy})  # type: ignore[arg-type]
+    return EpochResult(**values | {"epoch": epoch, "val_accuracy": accuracy, "repeat": 0})  # type: ignore[arg-type]
 
 
 def store_example(folder: Path, *, accuracies: tuple[float, ...] = (0.75,), **overrides: Any) -> str:

@@ -28,7 +28,10 @@ _ARGUMENTS: dict[str, list[str]] = {
     "trials": ["sides"],
     "show": ["sides", "0"],
     "best": ["sides"],
+    "confirm": ["sides"],
     "train": ["sides", "--out", "again"],
+    "evaluate": ["model"],
+    "verify": ["model"],
     "predict": ["model", "images"],
     "export": ["model", "--format", "torch", "--out", "exported"],
     "cache": [],
@@ -39,7 +42,7 @@ _BY_STUDY_FILE = {"init", "check", "run"}
 """Commands that read what the command line names and no stored study."""
 _SERVERS = {"dashboard"}
 """Tested over HTTP, in tests/e2e."""
-_REFUSED = {"train", "predict", "export"}
+_REFUSED = {"confirm", "train", "evaluate", "verify", "predict", "export"}
 
 
 def forget(folder: Path) -> Path:

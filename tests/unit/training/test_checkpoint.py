@@ -61,7 +61,7 @@ def make_file(path: Path, job: TrainingJob, **overrides: Any) -> CheckpointFile:
 
 def show(results: list[EpochResult]) -> Curve:
     """Return what the epochs showed, but for how long they took."""
-    timed = {"seconds", "images_per_second"}
+    timed = {"seconds", "val_seconds", "images_per_second"}
     return [{key: value for key, value in asdict(each).items() if key not in timed} for each in results]
 
 

@@ -180,7 +180,8 @@ def assert_same_run(found: Run, expected: Run) -> None:
     assert found.ending == expected.ending
     assert len(found.epochs) == len(expected.epochs)
     for (result, scores), (wanted, wanted_scores) in zip(found.epochs, expected.epochs, strict=True):
-        timeless = replace(result, seconds=wanted.seconds, images_per_second=wanted.images_per_second)
+        timed = {name: getattr(wanted, name) for name in ("seconds", "val_seconds", "images_per_second")}
+        timeless = replace(result, **timed)
         assert vars(timeless) == pytest.approx(vars(wanted), rel=RTOL)
         assert scores.report == wanted_scores.report
     if not expected.ending:

@@ -1,0 +1,232 @@
+"""Train a model card's recipe again, from the card alone, in a process of its own, and compare with what it says.
+
+``python -m tuner.production.verifying CARD RESULT DEVICE N_RUNS`` trains; ``verify_folder`` starts that in an empty
+folder. The trainings are those that confirmed the recipe: their seeds and cuts, which never touch test.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tuner.data.folds import cut_fold
+from tuner.data.image_set import load_image_set, move_to
+from tuner.data.index import Split
+from tuner.errors import ERRORS_BY_NAME, DataError, ExportError, ModelError, TunerError
+from tuner.models.backbone import is_own, read_preprocessing
+from tuner.models.weights import find_weights
+from tuner.production.machine import choose_device, using_cores
+from tuner.production.model_card import CARD_NAME, read_card
+from tuner.service.study_data import read_study_data
+from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.prepare import prepare_model
+from tuner.training.pretrain import identify_pretraining, pretrain_backbone
+from tuner.trial import Repeat, TrialParams
+
+LOSS_TOLERANCE = 0.25
+"""How far, of itself, the mean validation loss of the same trainings may be off: other devices round otherwise."""
+_LEAST_TOLERANCE = 0.01
+"""Of a loss near 0, in nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What training from a card again has shown."""
+
+    accuracy: float
+    """Mean of the trainings."""
+    loss: float
+    """Mean validation loss, in nats; infinite if one diverged."""
+    interval: tuple[float, float]
+    """In which the card predicts the accuracy."""
+    card_accuracy: float
+    """Of the same trainings, in the card."""
+    card_loss: float
+    n_runs: int
+
+    @property
+    def is_in_interval(self) -> bool:
+        """Whether the accuracy is what the card predicts."""
+        return self.interval[0] <= self.accuracy <= self.interval[1]
+
+    @property
+    def is_same_loss(self) -> bool:
+        """Whether the loss is the card's, but for rounding."""
+        allowed = max(_LEAST_TOLERANCE, LOSS_TOLERANCE * self.card_loss)
+        return abs(self.loss - self.card_loss) <= allowed
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the card holds."""
+        return self.is_in_interval and self.is_same_loss
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verification as a JSON object."""
+        loss = self.loss if math.isfinite(self.loss) else None
+        checks = {"is_in_interval": self.is_in_interval, "is_same_loss": self.is_same_loss}
+        return asdict(self) | checks | {"loss": loss, "is_verified": self.is_verified}
+
+
+def verify_folder(
+    folder: str | Path, *, device: str = "auto", n_runs: int | None = None, allow_code: bool = False
+) -> Verification:
+    """Train a model folder's recipe again from its card alone, in an empty folder and a new process.
+
+    Args:
+        folder: What ``tuner train`` wrote.
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+        n_runs: Of the trainings that confirmed the recipe, the first so many; default: all.
+        allow_code: Whether a backbone that is a user's function may be imported and called.
+
+    Raises:
+        ExportError: If there is no model card, or its recipe was not confirmed.
+        ModelError: If the card or the weights cannot be used, or code is not allowed.
+        DataError: If the images are not the card's.
+        DeviceError, StorageError: If the device or the cache cannot be used.
+    """
+    card = read_card(Path(folder))
+    choose_device(device)
+    if is_own(str(card["recipe"]["backbone"])) and not allow_code:
+        raise ModelError(
+            f"{folder}: must have a backbone of timm or tuner, got the function {card['recipe']['backbone']!r}; "
+            "allow code (--allow-code) only if you trust the folder and that function"
+        )
+    if card.get("confirmation") is None:
+        raise ExportError(
+            f"{folder}: must hold the model of a confirmed recipe, got one that was not; 'tuner confirm', then "
+            f"'tuner train' writes one"
+        )
+    with TemporaryDirectory(prefix="tuner-verify-") as name:
+        place = Path(name)
+        (place / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")
+        runs = _train_apart(place, device, n_runs or len(card["confirmation"]["runs"]), allow_code=allow_code)
+    recorded = card["confirmation"]["runs"][: len(runs)]
+    low, high = card["confirmation"]["accuracy_interval_95"]
+    return Verification(
+        accuracy=fmean(run["accuracy"] for run in runs),
+        loss=fmean(math.inf if run["loss"] is None else run["loss"] for run in runs),
+        interval=(low, high),
+        card_accuracy=fmean(run["accuracy"] for run in recorded),
+        card_loss=fmean(run["loss"] for run in recorded),
+        n_runs=len(runs),
+    )
+
+
+def _train_apart(place: Path, device: str, n_runs: int, *, allow_code: bool) -> list[dict[str, Any]]:
+    """Train in a new process; return the accuracy and the loss of each training."""
+    result = place / "result.json"
+    command = [sys.executable, "-P", "-m", "tuner.production.verifying", CARD_NAME, str(result), device, str(n_runs)]
+    # Only a user's function needs the folder where it lies.
+    environment = dict(os.environ) | ({"TUNER_VERIFY_CODE": str(Path.cwd())} if allow_code else {})
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    if not result.is_file():
+        raise RuntimeError(f"the process that verifies met a bug (exit code {done.returncode}):\n{done.stderr}")
+    found = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise ERRORS_BY_NAME[found["error"]](found["message"])
+    runs: list[dict[str, Any]] = found["runs"]
+    return runs
+
+
+def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict[str, Any]]:
+    """Repeat the first trainings that confirmed a card's recipe.
+
+    Returns:
+        ``accuracy`` and ``loss`` of each; a loss of None if it diverged.
+
+    Raises:
+        DataError, ModelError, DeviceError, StorageError: If something of the card cannot be used.
+    """
+    spec = StudySpec.model_validate(card["study_file"], strict=False)
+    params = TrialParams.from_json(card["recipe"])
+    data = read_study_data(spec)
+    if data.hash != card["data"]["hash"]:
+        raise DataError("data: must be the images of the model card, got other images, labels or splits; restore them")
+    section = spec.backbones.get(params.backbone, BackboneSection())
+    chosen = choose_device(device)
+    pretrained = None
+    if spec.pretraining is None:
+        fingerprint = find_weights(params.backbone, section).fingerprint
+    else:
+        fingerprint = identify_pretraining(params.backbone, spec)
+        pretrained = pretrain_backbone(params.backbone, spec, chosen)
+    if fingerprint != card["weights"]:
+        raise ModelError(f'backbones."{params.backbone}".weights: must be those of the model card, got others')
+    preprocessing = read_preprocessing(params.backbone, section)
+    runs = []
+    with using_cores() as n_threads:
+        train, val = (
+            load_image_set(
+                data.index,
+                data.splits,
+                spec.data,
+                (split,),
+                interpolation=preprocessing.interpolation,
+                n_threads=n_threads,
+            )
+            for split in (Split.TRAIN, Split.VAL)
+        )
+        for run in card["confirmation"]["runs"][:n_runs]:
+            repeat = Repeat(**run["repeat"])
+            own = replace(params, seed=repeat.seed, views="fresh")
+            images = cut_fold(train, val, repeat, data.index) if repeat.n_folds else (train, val)
+            job = TrainingJob(
+                model=prepare_model(own, spec, len(data.index.classes), pretrained),
+                params=own,
+                train=move_to(images[0], chosen),
+                val=move_to(images[1], chosen),
+                preprocessing=preprocessing,
+                device=chosen,
+            )
+            runs.append(_train_run(job))
+    return runs
+
+
+def _train_run(job: TrainingJob) -> dict[str, Any]:
+    try:
+        for result, _ in train_epochs(job):
+            last = result
+    except Diverged:
+        return {"accuracy": 0.0, "loss": None}
+    return {"accuracy": last.val_accuracy, "loss": last.val_loss}
+
+
+def describe_verification(found: Verification) -> str:
+    """Return a verification for a person."""
+    low, high = found.interval
+    place = "in" if found.is_in_interval else "NOT in"
+    loss = "the same" if found.is_same_loss else "NOT the same"
+    return "\n".join(
+        [
+            (
+                f"trained {found.n_runs} times from the card: accuracy {found.accuracy:.4f}, in the card "
+                f"{found.card_accuracy:.4f}: {place} the predicted interval {low:.4f} to {high:.4f}"
+            ),
+            f"validation loss {found.loss:.4f}, in the card {found.card_loss:.4f}: {loss}, within {LOSS_TOLERANCE:.0%}",
+            "verified" if found.is_verified else "NOT verified: the card's recipe does not give the card's model",
+        ]
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the command line says, and write what came of it, an error of the user's included."""
+    card, result, device, n_runs = arguments
+    if folder := os.environ.get("TUNER_VERIFY_CODE"):
+        sys.path.append(folder)
+    found: dict[str, Any]
+    try:
+        found = {"runs": train_from_card(json.loads(Path(card).read_text(encoding="utf-8")), device, int(n_runs))}
+    except TunerError as error:
+        found = {"error": type(error).__name__, "message": str(error)}
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
