@@ -154,6 +154,7 @@ def run_study_honestly(task: Task, seed: int, folder: Path, *, smoke: bool) -> d
         "n_val": prediction.n_val,
         "n_test": prediction.n_test,
         "confirmed": prediction.accuracy,
+        "winner_mean": confirmation.winner.mean,
         "interval": [prediction.low, prediction.high],
         "binomial_floor": prediction.binomial_floor,
         "raw": status.best.value,

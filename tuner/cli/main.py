@@ -8,7 +8,7 @@ from importlib.metadata import version
 import click
 
 from tuner.cli.cache import cache
-from tuner.cli.results import backup, best, delete, list_, show, status, trials
+from tuner.cli.results import backup, best, delete, list_, report, show, status, trials
 from tuner.cli.searching import check, confirm, dashboard, init, run
 from tuner.cli.using import evaluate, export, predict, train, verify
 from tuner.errors import EXIT_SIGINT, StorageError, TunerError
@@ -47,7 +47,7 @@ def cli() -> None:
 
 for command in (
     *(init, check, run, confirm, list_, status, trials, show, best, train, evaluate, verify, predict, export),
-    *(delete, backup, dashboard, cache),
+    *(report, delete, backup, dashboard, cache),
 ):
     cli.add_command(command)
 

@@ -132,6 +132,25 @@ def best(study: str, form: str, storage: str | None) -> None:
 
 @click.command()
 @click.argument("study")
+@click.option("--out", type=click.Path(path_type=Path), help="HTML file to write.  [default: STUDY.html]")
+@storage_option
+def report(study: str, out: Path | None, storage: str | None) -> None:
+    """Write a study as one HTML file that needs no network.
+
+    Curves, importance, value against cost, confusion matrix, calibration, failures, device time.
+
+    \b
+    Example:
+      tuner report digits --out digits.html
+    """
+    from tuner.production.report import write_report
+    from tuner.search.storage import study_slug
+
+    say(f"wrote {write_report(study, out or Path(f'{study_slug(study)}.html'), storage=storage)}")
+
+
+@click.command()
+@click.argument("study")
 @storage_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(study: str, storage: str | None, yes: bool) -> None:

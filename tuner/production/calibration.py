@@ -38,7 +38,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Return the calibration as a JSON object."""
-        return asdict(self) | {"log_loss": self.log_loss if math.isfinite(self.log_loss) else None}
+        log_loss = self.log_loss if math.isfinite(self.log_loss) else None
+        return {"ece": self.ece, "log_loss": log_loss, "bins": [asdict(each) for each in self.bins]}
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -33,7 +33,7 @@ from tuner.production.stored_recipe import (
     read_recipe,
     record_retraining,
 )
-from tuner.production.train_result import NO_TEST, TrainResult, add_result_files
+from tuner.production.train_result import NO_TEST, TrainResult, add_result_files, describe_trained
 from tuner.search.samplers import derive_seed
 from tuner.service.study_data import StudyData
 from tuner.training.batches import predict_logits
@@ -149,7 +149,6 @@ class _Retraining:
         temperature = self._fit_temperature()
         models = [self._train_model(images, replace(self._params, seed=seed), "train + val") for seed in seeds]
         seconds = time.perf_counter() - started
-        record_retraining(recipe, seconds)
         scores = None if test is None else self._look(models, test, folder, temperature)
         result = TrainResult(
             folder=folder,
@@ -164,6 +163,7 @@ class _Retraining:
             test=scores,
             test_duplicates=duplicates,
         )
+        record_retraining(recipe, seconds, describe_trained(result))
         write_package(folder, models[0], self._describe_model(result), lambda path: add_result_files(path, result))
         return result
 

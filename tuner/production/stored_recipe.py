@@ -22,6 +22,9 @@ from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.pretrain import identify_pretraining
 from tuner.trial import TrialParams
 
+TRAINED_ATTR = "tuner:trained"
+"""User attribute of the study: what the last retraining gave."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRecipe:
@@ -87,11 +90,18 @@ def read_recipe(study: str, storage: str | None, trial: int | None = None) -> St
         )
 
 
-def record_retraining(recipe: StoredRecipe, seconds: float) -> None:
-    """Add the device-seconds of a retraining to the study's bill; a database that cannot be written costs the bill."""
+def record_retraining(recipe: StoredRecipe, seconds: float, trained: dict[str, Any]) -> None:
+    """Add a retraining to the study's bill, and what it gave for the report; a database in the way costs both.
+
+    Args:
+        recipe: That was retrained.
+        seconds: Of the device.
+        trained: What its model showed, as JSON.
+    """
     with suppress(StorageError, StorageInternalError), open_stored(recipe.study, recipe.storage) as (stored, _):
         earlier = stored.study.user_attrs.get(RETRAINS_ATTR, [])
         stored.study.set_user_attr(RETRAINS_ATTR, [*earlier, round(seconds, 1)])
+        stored.study.set_user_attr(TRAINED_ATTR, trained)
 
 
 def permit_code(recipe: StoredRecipe, *, allow_code: bool) -> None:

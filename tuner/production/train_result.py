@@ -23,6 +23,8 @@ CONFUSION_NAME = "confusion_matrix.png"
 SCORES_NAME = "scores.png"
 CALIBRATION_NAME = "calibration.png"
 PARAMS_NAME = "params.toml"
+_MAX_STORED_CLASSES = 100
+"""A matrix of more would slow down every reader of the database."""
 NO_TEST = "no test split: no unbiased number"
 
 
@@ -114,6 +116,14 @@ def describe_test(test: TestScores) -> list[str]:
         mean, spread = fmean(test.accuracies), stdev(test.accuracies)
         lines.append(f"test accuracy of {len(test.accuracies)} seeds: {mean:.4f} ± {spread:.4f}; the first is kept")
     return lines
+
+
+def describe_trained(result: TrainResult) -> dict[str, Any]:
+    """Return what is kept with the study of a retraining; of many classes not each by itself."""
+    test = result.to_json()["test"]
+    if test is not None and len(result.classes) > _MAX_STORED_CLASSES:
+        test = {key: value for key, value in test.items() if key not in {"classes", "confusion_matrix"}}
+    return {"trial": result.number, "folder": str(result.folder.resolve()), "test": test}
 
 
 def add_result_files(folder: Path, result: TrainResult) -> None:

@@ -246,6 +246,7 @@ def summarise(stored: StoredStudy, candidates: Sequence[int], n_seeds: int) -> C
         candidates=tuple(ranked),
         prediction=predict_accuracy(
             [each.accuracies for each in ranked],
+            [[sign * value for value in each.values] for each in ranked],
             counts=counts,
             n_folds=n_folds,
         ),

@@ -14,7 +14,7 @@ class Prediction:
     """A 95 % prediction interval for the accuracy of one model that ``tuner train`` makes, on images never seen."""
 
     accuracy: float
-    """Confirmed mean."""
+    """Mean over the seeds, each of which was told by a recipe that the others chose."""
     low: float
     high: float
     n_val: int
@@ -30,8 +30,17 @@ class Prediction:
         return f"prediction: accuracy {self.accuracy:.4f} in production, 95 % {self.low:.4f} to {self.high:.4f} {on}"
 
 
-def predict_accuracy(accuracies: Sequence[Sequence[float]], *, counts: Mapping[str, int], n_folds: int) -> Prediction:
+def predict_accuracy(
+    accuracies: Sequence[Sequence[float]],
+    scores: Sequence[Sequence[float]],
+    *,
+    counts: Mapping[str, int],
+    n_folds: int,
+) -> Prediction:
     """Return where the accuracy of one more training will lie on test images, in 95 of 100 studies.
+
+    The winner of a few recipes is partly lucky even on fresh seeds. So each seed tells the accuracy of the recipe that
+    the *other* seeds would have chosen, as in nested cross-validation, and the mean of that is what is predicted.
 
     Added up are the binomial error of the validation images, that of the test images, and the spread of trainings that
     is more than binomial, pooled over all recipes and with Student's quantile. On fresh folds the mean of S of k folds
@@ -40,13 +49,14 @@ def predict_accuracy(accuracies: Sequence[Sequence[float]], *, counts: Mapping[s
 
     Args:
         accuracies: Of each recipe, one per seed; the first is the one to predict. Each at least one number.
+        scores: By which recipes are ranked, the higher the better; as many as there are accuracies.
         counts: Images in train, val and test; with no test images the interval is for infinitely many.
         n_folds: Folds that train and val were cut into, each seed validating on another one; 0: all on val.
     """
     n_test = counts["test"]
     n_val = (counts["train"] + counts["val"]) // n_folds if n_folds else counts["val"]
-    own = accuracies[0]
-    mean, n_seeds = fmean(own), len(own)
+    n_seeds = len(accuracies[0])
+    mean = _cross_fit(accuracies, scores)
     # Bayes' estimate with a uniform prior: a share of exactly 1 is no proof that there are no errors.
     n_seen = n_val * (n_seeds if n_folds else 1)
     share = (mean * n_seen + 1) / (n_seen + 2)
@@ -71,6 +81,19 @@ def predict_accuracy(accuracies: Sequence[Sequence[float]], *, counts: Mapping[s
         n_test=n_test,
         binomial_floor=2 * _Z_95 * math.sqrt(per_image / counts["val"] + binomial_test),
     )
+
+
+def _cross_fit(accuracies: Sequence[Sequence[float]], scores: Sequence[Sequence[float]]) -> float:
+    """Return the mean over the seeds of the accuracy, on each, of the recipe that scores best on the others."""
+    n_seeds = len(accuracies[0])
+    if n_seeds == 1:
+        return accuracies[0][0]
+    whole = [recipe for recipe, each in enumerate(accuracies) if len(each) == n_seeds]
+
+    def choose_without(seed: int) -> int:
+        return max(whole, key=lambda recipe: sum(scores[recipe]) - scores[recipe][seed])
+
+    return fmean(accuracies[choose_without(seed)][seed] for seed in range(n_seeds))
 
 
 def _quantile(freedom: int) -> float:

@@ -157,7 +157,7 @@ def test_train_best_pretrains_as_the_search_did(tmp_path: Path) -> None:
 def test_train_best_tells_a_recipe_that_diverges(tmp_path: Path) -> None:
     """A loss that is no number ends the command in one line; the test split was not looked at."""
     url = store_example(tmp_path, space={"lr": {"low": 1e20, "high": 1e21, "log": True}})
-    with pytest.raises(ModelError, match="^trial 0: its recipe must converge on train too, got: training loss"):
+    with pytest.raises(ModelError, match=r"^trial 0: its recipe must converge on train too, got: training loss"):
         train_best("sides", tmp_path / "out", storage=url, device="cpu")
     assert list_openings("sides", storage=url) == []
     assert not (tmp_path / "out").exists()

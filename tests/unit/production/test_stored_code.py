@@ -34,6 +34,7 @@ _ARGUMENTS: dict[str, list[str]] = {
     "verify": ["model"],
     "predict": ["model", "images"],
     "export": ["model", "--format", "torch", "--out", "exported"],
+    "report": ["sides"],
     "cache": [],
     "backup": ["copy.db"],
     "delete": ["sides", "--yes"],
