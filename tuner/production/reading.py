@@ -9,11 +9,12 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from tuner.errors import StudyError
+from tuner.search.screening import is_screen
 from tuner.search.storage import hold_lock, resolve_url, study_lock_path, use_storage
 from tuner.search.studies import StoredStudy, delete_stored, load_stored
 from tuner.search.study_facts import explain_damage
 from tuner.search.summaries import StudySummary, list_studies
-from tuner.search.trial_attrs import EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR
+from tuner.search.trial_attrs import CONFIRM_ATTR, EPOCHS_ATTR, PARAMS_ATTR, REASON_ATTR, VALUES_ATTR, is_confirmation
 from tuner.service.checkpoints import remove_checkpoints
 from tuner.service.kept_models import remove_halves, remove_models
 from tuner.service.result import StudyStatus, read_status
@@ -72,6 +73,7 @@ def _make_row(trial: FrozenTrial, names: list[str]) -> dict[str, Any]:
     attrs = trial.user_attrs
     return {
         "number": trial.number,
+        "kind": "screen" if is_screen(trial) else "confirm" if is_confirmation(trial) else "search",
         "state": trial.state.name.lower(),
         "value": trial.value,
         "reason": attrs.get(REASON_ATTR),
@@ -125,7 +127,12 @@ def describe_trial(trial: dict[str, Any]) -> str:
         lines += ["", *_list_log(trial)]
         if epochs := trial.get(EPOCHS_ATTR):
             lines += ["", "  ".join(name.rjust(12) for name in _EPOCH_COLUMNS)]
-            lines += ["  ".join(f"{epoch[name]:12.4g}" for name in _EPOCH_COLUMNS) for epoch in epochs]
+            for number, epoch in enumerate(epochs):
+                if number and epoch["epoch"] == 1:
+                    lines.append("")  # the next training of the trial
+                lines.append("  ".join(f"{epoch[name]:12.4g}" for name in _EPOCH_COLUMNS))
+        if values := trial.get(VALUES_ATTR):
+            lines += ["", f"the value is the mean of {', '.join(f'{value:.4f}' for value in values)}"]
         text = "\n".join(map(as_printable, lines))
         return f"{text}\n\n{as_printable_lines(trial['traceback'].rstrip())}" if "traceback" in trial else text
 
@@ -139,6 +146,8 @@ def _tell_reason(trial: dict[str, Any]) -> str:
 def _list_log(trial: dict[str, Any]) -> list[str]:
     """Return what happened to a trial, when."""
     log = [f"{trial['started']}  started on {trial.get('device', '?')}"] if trial["started"] else []
+    if confirms := trial.get(CONFIRM_ATTR):
+        log.insert(0, f"confirms trial {confirms['trial']}, fresh seed {confirms['seed']}")
     if "retry_of" in trial:
         log.insert(0, f"queued again for trial {trial['retry_of']}, whose run ended")
     if trial["ended"]:

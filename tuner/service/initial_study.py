@@ -58,7 +58,8 @@ horizontal_flip = true           # false for digits, text and other things with 
 sampler = "tpe"
 pruner = "median"
 n_trials = 60
-timeout = "2h"
+budget = "2h"                     # of all runs together; or device time, such as "4 gpu-hours"
+confirm_fraction = 0.2            # of it, to train the best few again on fresh seeds
 
 [workers]
 devices = "auto"                 # every CUDA device, else CPU

@@ -8,8 +8,8 @@ from tuner.search.studies import check_stored
 from tuner.service.messages import Description
 from tuner.service.pool import Pool
 from tuner.service.scouting import collect_facts, scout_study
-from tuner.service.slots import Slot
-from tuner.spec.durations import format_seconds
+from tuner.service.slots import Slot, count_devices
+from tuner.spec.durations import format_seconds, parse_budget
 from tuner.spec.sections import StudySpec
 from tuner.spec.space import describe
 
@@ -39,6 +39,11 @@ class Plan:
     free_bytes: int
     estimated_seconds: float | None
     """Of all trials but the screen's, without pruning, with every layer trained; None on CUDA, which is not timed."""
+    budget: str | None
+    """As in the study file."""
+    budget_seconds: float | None
+    """How long the budget lasts on these devices, earlier runs not deducted; None without one."""
+    confirm_fraction: float
     notes: tuple[str, ...]
     n_stored: int | None
     """Trials that the storage already holds of this study and that count; None for a new study."""
@@ -80,10 +85,19 @@ def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | N
         devices=tuple(slot.device for slot in scouted.slots),
         store_bytes=description.store_bytes,
         free_bytes=description.free_bytes,
+        budget=spec.search.budget,
+        budget_seconds=_count_budget(spec, scouted.slots),
+        confirm_fraction=spec.search.confirm_fraction,
         estimated_seconds=_estimate_seconds(spec, description, scouted.slots),
         notes=description.notes,
         n_stored=n_stored,
     )
+
+
+def _count_budget(spec: StudySpec, slots: tuple[Slot, ...]) -> float | None:
+    if spec.search.budget is None:
+        return None
+    return parse_budget(spec.search.budget).wall_seconds(count_devices(slots))
 
 
 def _estimate_seconds(spec: StudySpec, description: Description, slots: tuple[Slot, ...]) -> float | None:
@@ -91,7 +105,8 @@ def _estimate_seconds(spec: StudySpec, description: Description, slots: tuple[Sl
     timed = description.seconds_per_image.values()
     if not timed or slots[0].device != "cpu":
         return None
-    n_images = spec.search.n_trials * spec.training.epochs * description.split_counts["train"]
+    n_trainings = spec.search.n_trials * spec.search.seeds_per_trial * (spec.data.folds or 1)
+    n_images = n_trainings * spec.training.epochs * description.split_counts["train"]
     return n_images * sum(timed) / len(timed) / len(slots)
 
 
@@ -114,10 +129,21 @@ def describe_plan(plan: Plan) -> str:
         f"workers: {len(plan.devices)} ({', '.join(plan.devices)})",
         f"disk: {plan.store_bytes / _GIGABYTE:.2f} GB of decoded images, {plan.free_bytes / _GIGABYTE:.1f} GB free",
         f"time: {_describe_time(plan)}",
+        *_describe_budget(plan),
         "storage: a new study" if plan.n_stored is None else f"storage: goes on after {plan.n_stored} trials",
         *plan.notes,
     ]
     return "\n".join(lines)
+
+
+def _describe_budget(plan: Plan) -> list[str]:
+    if plan.budget is None or plan.budget_seconds is None:
+        return []
+    lasts = f"budget: {plan.budget}, which is {format_seconds(plan.budget_seconds)} of {len(plan.devices)} workers"
+    if not plan.confirm_fraction:
+        return [f"{lasts}, all of it to search"]
+    search = plan.budget_seconds * (1 - plan.confirm_fraction)
+    return [f"{lasts}: {format_seconds(search)} to search, the rest to confirm the best few"]
 
 
 def _describe_time(plan: Plan) -> str:

@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from tuner.search.ledger import RUNS_ATTR, RunCost, read_runs
 from tuner.search.studies import StoredStudy
-from tuner.service.slots import Slot
+from tuner.service.slots import Slot, count_devices, count_sharing
 from tuner.spec.durations import Budget, format_seconds, parse_budget
 
 _SAVE_SECONDS = 10.0
@@ -47,16 +46,12 @@ class RunClock:
         self._began = datetime.now(UTC).isoformat(timespec="seconds")
         self._earlier = read_runs(self._study.user_attrs)
         self._build_seconds = 0.0
-        self._sharing = Counter(slot.device for slot in slots)
-        self._n_devices = sum(1 / self._count_sharing(slot) for slot in slots)
-
-    def _count_sharing(self, slot: Slot) -> int:
-        """Return how many workers share a worker's device; each CPU core is one by itself."""
-        return 1 if slot.device == "cpu" else self._sharing[slot.device]
+        self._slots = slots
+        self._n_devices = count_devices(slots)
 
     def weigh(self, slot: Slot | None, seconds: float) -> float:
         """Return the device-seconds of a worker's seconds."""
-        return seconds if slot is None else seconds / self._count_sharing(slot)
+        return seconds if slot is None else seconds / count_sharing(self._slots, slot.device)
 
     def add_build(self, slot: Slot | None, seconds: float) -> None:
         """Count a worker's seconds of preparing."""

@@ -97,3 +97,13 @@ def bind(device: str, environment: Mapping[str, str]) -> dict[str, str]:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     chosen = visible.split(",")[number].strip() if visible else str(number)
     return {**environment, "CUDA_VISIBLE_DEVICES": chosen}
+
+
+def count_sharing(slots: Sequence[Slot], device: str) -> int:
+    """Return how many workers share a device; each CPU core is one by itself."""
+    return 1 if device == "cpu" else sum(slot.device == device for slot in slots)
+
+
+def count_devices(slots: Sequence[Slot]) -> float:
+    """Return how many devices workers hold: GPUs, or CPU cores."""
+    return sum(1 / count_sharing(slots, slot.device) for slot in slots)

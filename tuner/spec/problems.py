@@ -90,6 +90,9 @@ def find_conflicts(parts: dict[str, Any], tables: dict[str, Any]) -> list[str]:
         problems += _find_data_problems(data, "data")
     if (pretraining := parts.get("pretraining")) is not None:
         problems += _find_data_problems(pretraining.data, "pretraining.data")
+        if pretraining.data.folds is not None:
+            got = f"got {pretraining.data.folds}; pretraining only watches its val"
+            problems.append(f"pretraining.data.folds: must be left out, {got}")
     problems += _find_fixed_problems(fixed, space)
     problems += _find_backbone_problems(fixed.get("backbone"), space, tables)
     problems += _find_enqueue_problems(tables.get("enqueue", []), space)
