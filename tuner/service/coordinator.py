@@ -219,8 +219,8 @@ def _find_finished(storage: RDBStorage, spec: StudySpec, patience: Patience) -> 
         return None
     stored = StoredStudy(study=stored.study, spec=spec, facts=stored.facts)
     with explain_damage(f"study {stored.name!r}"):
-        is_over = is_finished(stored) and is_confirmed(stored)
-        if not (is_over or is_budget_spent(stored)) or not find_best(stored.study):
+        has_ended = is_finished(stored) and is_confirmed(stored) and find_best(stored.study) is not None
+        if not has_ended and not is_budget_spent(stored):
             return None
     with _hide_cuda(spec):
         return open_study(storage, spec, stored.facts, patience)

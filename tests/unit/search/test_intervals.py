@@ -10,9 +10,7 @@ from tuner.search.intervals import predict_accuracy
 COUNTS = {"train": 640, "val": 160, "test": 200}
 
 
-def simulate(
-    generator: np.random.Generator, *, n_folds: int, spread: float
-) -> tuple[float, float, float, float, float]:
+def simulate(generator: np.random.Generator, *, n_folds: int, spread: float) -> tuple[bool, float]:
     """Return low, high, test accuracy, width and floor of one study of five equally good recipes."""
     n_val = 80 if n_folds else 160
     truth = 0.9
