@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tuner.errors import TunerError
     from tuner.production.best import best_params
+    from tuner.production.evaluation import evaluate_folder
     from tuner.production.export import export_model
     from tuner.production.predictor import load
+    from tuner.production.report import write_report
     from tuner.production.retrain import train_best
-    from tuner.service.coordinator import run_study
+    from tuner.production.verifying import verify_folder
+    from tuner.service.coordinator import confirm_study, run_study
     from tuner.spec.sections import StudySpec
     from tuner.spec.study import load_spec
     from tuner.trial import TrialOutcome, TrialParams
@@ -23,11 +26,15 @@ __all__ = [
     "TrialParams",
     "TunerError",
     "best_params",
+    "confirm_study",
+    "evaluate_folder",
     "export_model",
     "load",
     "load_spec",
     "run_study",
     "train_best",
+    "verify_folder",
+    "write_report",
 ]
 
 _HOMES = {
@@ -36,11 +43,15 @@ _HOMES = {
     "TrialParams": "tuner.trial",
     "TunerError": "tuner.errors",
     "best_params": "tuner.production.best",
+    "confirm_study": "tuner.service.coordinator",
+    "evaluate_folder": "tuner.production.evaluation",
     "export_model": "tuner.production.export",
     "load": "tuner.production.predictor",
     "load_spec": "tuner.spec.study",
     "run_study": "tuner.service.coordinator",
     "train_best": "tuner.production.retrain",
+    "verify_folder": "tuner.production.verifying",
+    "write_report": "tuner.production.report",
 }
 
 

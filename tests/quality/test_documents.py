@@ -56,6 +56,7 @@ def test_readme_documents_every_key_of_the_study_file() -> None:
         sections.PretrainingSection,
         sections.SearchSection,
         sections.WorkersSection,
+        sections.WarmStartSection,
         sections.TrainingSection,
     ):
         keys |= set(section.model_fields)
@@ -77,10 +78,14 @@ def test_public_names_are_pinned() -> None:
         "TrialParams",
         "TunerError",
         "best_params",
+        "confirm_study",
+        "evaluate_folder",
         "export_model",
         "load",
         "load_spec",
         "run_study",
         "train_best",
+        "verify_folder",
+        "write_report",
     ]
     assert all(getattr(tuner, name) is not None for name in tuner.__all__)
