@@ -1,11 +1,11 @@
 """Other cuts of the images that a search may open: stratified folds of train and val together, groups kept whole."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tuner.data.image_set import ImageSet
 from tuner.data.index import ImageIndex, Split, preview
@@ -57,31 +57,29 @@ def count_units(index: ImageIndex, splits: NDArray[np.int8]) -> NDArray[np.int64
     return np.bincount([label for label, _ in pairs], minlength=len(index.classes))
 
 
-def cut_fold(train: ImageSet, val: ImageSet, repeat: Repeat, index: ImageIndex) -> tuple[ImageSet, ImageSet]:
+def cut_fold(images: ImageSet, repeat: Repeat, index: ImageIndex) -> tuple[ImageSet, ImageSet]:
     """Return what trains and what validates in one fold of the images of train and val together.
 
-    The same seed cuts the same images in the same way, whatever device they are on.
+    The same seed cuts the same images in the same way, in whatever order they are.
 
     Args:
-        train: The study's own.
-        val: Likewise.
+        images: Of train and val.
         repeat: Says how many folds there are, and which one validates.
         index: The images' groups, if they have some.
 
     Returns:
-        Copies, on the images' device.
+        Sets that share the pixels of all images.
 
     Raises:
         DataError: If a class is missing in what trains.
     """
-    rows = torch.cat([train.rows, val.rows]).numpy()
-    labels = torch.cat([train.labels, val.labels]).cpu().numpy()
+    rows, labels = images.rows.numpy(), images.labels.cpu().numpy()
     groups = None if index.groups is None else np.array([index.groups[row] for row in rows])
     validates = find_fold(rows, labels, groups, repeat)
-    n_left = np.bincount(labels[~validates], minlength=train.n_classes)
+    n_left = np.bincount(labels[~validates], minlength=images.n_classes)
     if lacking := [index.classes[label] for label in np.flatnonzero(n_left == 0)]:
         raise DataError(f"data.path: the folds that train must hold every class, got none of {preview(lacking)}")
-    return _take(train, val, ~validates), _take(train, val, validates)
+    return _take(images, ~validates), _take(images, validates)
 
 
 def find_fold(
@@ -108,16 +106,7 @@ def find_fold(
     return chosen
 
 
-def _take(train: ImageSet, val: ImageSet, mask: NDArray[np.bool_]) -> ImageSet:
-    parts = [(train, mask[: len(train.rows)]), (val, mask[len(train.rows) :])]
-    taken = [(images, torch.from_numpy(np.flatnonzero(each))) for images, each in parts]
-
-    def gather(values: Tensor, positions: Tensor) -> Tensor:
-        return values[positions.to(values.device)]
-
-    return ImageSet(
-        pixels=torch.cat([gather(images.pixels, positions) for images, positions in taken]),
-        labels=torch.cat([gather(images.labels, positions) for images, positions in taken]),
-        n_classes=train.n_classes,
-        rows=torch.cat([gather(images.rows, positions) for images, positions in taken]),
-    )
+def _take(images: ImageSet, mask: NDArray[np.bool_]) -> ImageSet:
+    positions = torch.from_numpy(np.flatnonzero(mask))
+    there = positions.to(images.labels.device)
+    return replace(images, labels=images.labels[there], rows=images.rows[positions], positions=there)

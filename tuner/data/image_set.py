@@ -24,12 +24,15 @@ class ImageSet:
     """Images and labels."""
 
     pixels: Tensor
-    """uint8, shape ``(n_images, 3, size, size)``, on any device. Not to be changed: it may be the cache itself."""
+    """uint8, shape ``(n_images, 3, size, size)``, on any device. Not to be changed: it may be the cache itself. With
+    ``positions`` there may be more."""
     labels: Tensor
     """int64, shape ``(n_images,)``, on the same device."""
     n_classes: int
     rows: Tensor
     """Their rows in the data index, int64, shape ``(n_images,)``, on the CPU: fixed views are drawn for them."""
+    positions: Tensor | None = None
+    """Where in ``pixels`` each image lies, int64, shape ``(n_images,)``, beside the labels; None: in their order."""
 
 
 def load_image_set(
@@ -128,4 +131,5 @@ def move_to(images: ImageSet, device: torch.device) -> ImageSet:
                 return replace(images, pixels=images.pixels.pin_memory(), labels=images.labels.pin_memory())
             case "device":
                 pass
-    return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device))
+    positions = None if images.positions is None else images.positions.to(device)
+    return replace(images, pixels=images.pixels.to(device), labels=images.labels.to(device), positions=positions)

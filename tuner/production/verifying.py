@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -162,21 +163,22 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
     preprocessing = read_preprocessing(params.backbone, section)
     runs = []
     with using_cores() as n_threads:
-        train, val = (
-            load_image_set(
-                data.index,
-                data.splits,
-                spec.data,
-                (split,),
-                interpolation=preprocessing.interpolation,
-                n_threads=n_threads,
-            )
-            for split in (Split.TRAIN, Split.VAL)
+        load = partial(
+            load_image_set,
+            data.index,
+            data.splits,
+            spec.data,
+            interpolation=preprocessing.interpolation,
+            n_threads=n_threads,
         )
+        whole = load((Split.TRAIN, Split.VAL))
         for run in card["confirmation"]["runs"][:n_runs]:
             repeat = Repeat(**run["repeat"])
             own = replace(params, seed=repeat.seed, views="fresh")
-            images = cut_fold(train, val, repeat, data.index) if repeat.n_folds else (train, val)
+            if repeat.n_folds:
+                images = cut_fold(whole, repeat, data.index)
+            else:
+                images = load((Split.TRAIN,)), load((Split.VAL,))
             job = TrainingJob(
                 model=prepare_model(own, spec, len(data.index.classes), pretrained),
                 params=own,

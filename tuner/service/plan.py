@@ -25,6 +25,9 @@ class Plan:
     n_screen: int
     """Trials of the screen, which count apart; fewer where the space has fewer points."""
     epochs: int
+    n_folds: int
+    """On which each trial is trained; 0: on train alone."""
+    seeds_per_trial: int
     sampler: str
     pruner: str
     space: dict[str, str]
@@ -74,6 +77,8 @@ def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | N
         n_trials=spec.search.n_trials,
         n_screen=spec.search.screen * len(spec.backbone_names()),
         epochs=spec.training.epochs,
+        n_folds=spec.data.folds or 0,
+        seeds_per_trial=spec.search.seeds_per_trial,
         sampler=spec.search.sampler,
         pruner=spec.search.pruner,
         space={name: describe(distribution) for name, distribution in spec.space.items()},
@@ -114,6 +119,8 @@ def describe_plan(plan: Plan) -> str:
     """Return a plan for a person."""
     splits = ", ".join(f"{count} {split}" for split, count in plan.split_counts.items())
     trials = f"{plan.n_trials} trials of {plan.epochs} epochs"
+    trials += f" on each of {plan.n_folds} folds" if plan.n_folds else ""
+    trials += f" with each of {plan.seeds_per_trial} seeds" if plan.seeds_per_trial > 1 else ""
     trials += f", after at most {plan.n_screen} head trials of the screen" if plan.n_screen else ""
     lines = [
         f"study {plan.name}: {trials}; {plan.sampler} and {plan.pruner} pruner",

@@ -30,7 +30,7 @@ class Workbench:
         self.spec, self.data, self.n_threads, self.note = spec, data, n_threads, note
         self.device = _take_device(device)
         self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
-        self._fold: tuple[tuple[str, tuple[int, int, int]], tuple[ImageSet, ImageSet]] | None = None
+        self._whole: tuple[str, ImageSet] | None = None
         self._weights = WeightsCache()
         self._pretrained: dict[str, Path] = {}
 
@@ -45,19 +45,9 @@ class Workbench:
     def load_images(self, interpolation: str) -> tuple[ImageSet, ImageSet]:
         """Return the images of train and of val, where training finds them fastest."""
         if interpolation not in self._image_sets:
-            train, val = (
-                load_image_set(
-                    self.data.index,
-                    self.data.splits,
-                    self.spec.data,
-                    (split,),
-                    interpolation=interpolation,
-                    n_threads=self.n_threads,
-                    verify=False,  # whoever prepared the images has
-                )
-                for split in (Split.TRAIN, Split.VAL)
-            )
-            self._image_sets[interpolation] = move_to(train, self.device), move_to(val, self.device)
+            self._whole = None  # a device may not have the room for both
+            train, val = (self._load(interpolation, split) for split in (Split.TRAIN, Split.VAL))
+            self._image_sets[interpolation] = train, val
         return self._image_sets[interpolation]
 
     def load_repeat(self, interpolation: str, repeat: Repeat | None) -> tuple[ImageSet, ImageSet]:
@@ -66,14 +56,25 @@ class Workbench:
         Raises:
             DataError: If a fold lacks a class.
         """
-        train, val = self.load_images(interpolation)
         if repeat is None or not repeat.n_folds:
-            return train, val
-        key = (interpolation, repeat.split)
-        if self._fold is None or self._fold[0] != key:  # one at a time: each is a copy of all images
-            self._fold = None
-            self._fold = key, cut_fold(train, val, repeat, self.data.index)
-        return self._fold[1]
+            return self.load_images(interpolation)
+        if self._whole is None or self._whole[0] != interpolation:
+            self._whole = None
+            self._image_sets.clear()
+            self._whole = interpolation, self._load(interpolation, Split.TRAIN, Split.VAL)
+        return cut_fold(self._whole[1], repeat, self.data.index)
+
+    def _load(self, interpolation: str, *which: Split) -> ImageSet:
+        images = load_image_set(
+            self.data.index,
+            self.data.splits,
+            self.spec.data,
+            which,
+            interpolation=interpolation,
+            n_threads=self.n_threads,
+            verify=False,  # whoever prepared the images has
+        )
+        return move_to(images, self.device)
 
     def make_model(self, params: TrialParams) -> nn.Module:
         """Return a trial's model before its first step, on the CPU."""

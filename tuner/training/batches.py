@@ -61,7 +61,7 @@ def take_batch(
     Returns:
         Pixels in [0, 1], shape ``(n, 3, height, width)``, and labels, int64, shape ``(n,)``.
     """
-    pixels = _gather(images.pixels, rows, device)
+    pixels = _gather(images.pixels, rows if images.positions is None else images.positions[rows], device)
     return pixels.to(dtype).div_(255), _gather(images.labels, rows, device)
 
 
