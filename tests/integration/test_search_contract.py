@@ -245,7 +245,7 @@ def test_grid_ends_with_the_last_point(tmp_path: Path) -> None:
     spec = make_spec("grid", "median", n_trials=1000)
     with open_book(tmp_path, spec) as book:
         book.prepare()
-        assert book.max_trials == 2 * 4 * 3
+        assert book.queue.max_trials == 2 * 4 * 3
         drive(book, 12)
         assert book.ask() is not None
         book.flush()
@@ -253,7 +253,7 @@ def test_grid_ends_with_the_last_point(tmp_path: Path) -> None:
         assert book.prepare() == 1
         drive(book, 24)
         assert book.ask() is None
-        assert book.is_exhausted
+        assert book.queue.is_exhausted
     points = list_points(read_plainly(tmp_path))
     assert len(points) == len(set(points)) == 24
 

@@ -1,6 +1,5 @@
 """The trials of a running study: asked, reported, told and queued again. One process holds the book."""
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,22 +11,14 @@ from optuna.trial import TrialState as OptunaState
 from tuner.search.confirmation import REPEAT_ATTR, ConfirmingTrial, Wanted, make_repeat
 from tuner.search.distributions import (
     Point,
-    find_untried,
-    list_grid,
     make_distributions,
-    project_default_recipe,
     resolve_params,
 )
 from tuner.search.repeats import average, list_repeats, list_values
-from tuner.search.retries import count_attempts, describe_retry, find_origin, is_begun
+from tuner.search.retries import count_attempts, find_origin, is_begun
 from tuner.search.samplers import derive_seed
 from tuner.search.screening import (
-    DEEPER_ATTR,
-    choose_deeper,
-    find_missing,
     is_counted,
-    is_screen,
-    list_screen_points,
 )
 from tuner.search.studies import StoredStudy, find_best
 from tuner.search.trial_attrs import (
@@ -39,9 +30,9 @@ from tuner.search.trial_attrs import (
     SCREEN_ATTR,
     VALUES_ATTR,
     describe_end,
-    is_confirmation,
 )
-from tuner.search.warm_start import WARM_ATTR, WarmRecipe, project_recipe
+from tuner.search.trial_queue import TrialQueue
+from tuner.search.warm_start import WarmRecipe
 from tuner.trial import EpochResult, Reason, Repeat, TrialOutcome, TrialParams, TrialState, Usage
 
 _CONSTRAINTS_KEY = "constraints"
@@ -75,14 +66,11 @@ class TrialBook:
         self._running: dict[int, Trial | ConfirmingTrial] = {}
         self._epochs: dict[int, list[EpochResult]] = {}
         self._repeats: dict[int, tuple[Repeat, ...]] = {}
-        self._is_exhausted = False
-        self._is_grid = self._spec.search.sampler == "grid"
-        self._grid = list_grid(self._distributions, seed=self._spec.study.seed) if self._is_grid else []
+        self.queue = TrialQueue(self._study, self._spec, self._distributions, self._group_counts)
         trials = self._study.get_trials(deepcopy=False)
         self._n_finished = sum(map(is_counted, trials))
         best = find_best(self._study)
         self._best = None if best is None else (best.number, best.value or 0.0)
-        self._n_queued_screen = sum(is_screen(trial) and trial.state == OptunaState.WAITING for trial in trials)
         self._running_screen: set[int] = set()
 
     def prepare(self) -> int:
@@ -94,15 +82,8 @@ class TrialBook:
             How many trials were left running.
         """
         n_orphans = self.adopt()
-        first_points = self._first_points()  # before the screen, since they ask whether the study is new
-        if not self._study.get_trials(deepcopy=False):
-            for warm in self._warm_recipes:
-                point = project_recipe(warm.recipe, self._spec, self._distributions, self._group_counts)
-                self._enqueue(point, {WARM_ATTR: {"study": warm.study, "trial": warm.trial}})
-        self._queue_screen()
-        for point in first_points:
-            self._study.enqueue_trial(point, skip_if_exists=True)
-        self._queue_deeper()
+        self.queue.fill(self._warm_recipes)
+        self._follow_screen()
         self.flush()
         return n_orphans
 
@@ -124,7 +105,7 @@ class TrialBook:
 
     def _adopt(self, orphan: FrozenTrial) -> None:
         """End a trial that no process runs as interrupted, and queue it again."""
-        self._queue_again(orphan)
+        self.queue.push_again(orphan)
         attrs: dict[str, Any] = {
             REASON_ATTR: Reason.INTERRUPTED.value,
             "message": "the run was killed",
@@ -133,16 +114,6 @@ class TrialBook:
         for key, value in attrs.items():
             self._study._storage.set_trial_user_attr(orphan._trial_id, key, value)  # noqa: SLF001
         self._study.tell(orphan.number, state=OptunaState.FAIL)
-
-    def _first_points(self) -> Sequence[Point]:
-        if self._is_grid:
-            return []
-        if self._spec.enqueue:
-            return self._spec.enqueue
-        is_new = not self._study.get_trials(deepcopy=False)
-        if self._spec.search.screen:
-            return []  # the screen proposes better ones
-        return [project_default_recipe(self._spec, self._distributions)] if is_new else []
 
     def count_finished(self) -> int:
         """Return how many trials count: COMPLETE and PRUNED ones of the whole study, the screen's left out."""
@@ -155,56 +126,16 @@ class TrialBook:
     # --- the screen ---
 
     @property
-    def next_is_screen(self) -> bool:
-        """Whether the next trial is one of the screen."""
-        if self._n_queued_screen == 0:
-            return False
-        return is_screen(min(self._list_waiting(), key=lambda trial: trial.number))
-
-    @property
-    def next_is_queued(self) -> bool:
-        """Whether the next trial waits in the queue, and need not be proposed."""
-        return bool(self._list_waiting())
-
-    def _list_waiting(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=(OptunaState.WAITING,))
-
-    @property
     def is_screening(self) -> bool:
         """Whether a screen trial still waits or runs."""
-        return self._n_queued_screen + len(self._running_screen) > 0
+        return self.queue.has_screen or len(self._running_screen) > 0
 
-    def _queue_screen(self) -> None:
-        if self._spec.search.screen == 0:
-            return
-        points = list_screen_points(self._spec, self._distributions)
-        for missing in find_missing(points, self._study.get_trials(deepcopy=False)):
-            self._enqueue(missing.point, missing.attrs)
-
-    def _queue_deeper(self) -> None:
-        """Queue what a screen proposes once it is finished."""
-        trials = self._study.get_trials(deepcopy=False)
-        if self.is_screening or any(DEEPER_ATTR in trial.user_attrs for trial in trials):
-            return
-        for deeper in choose_deeper(trials, self._study.direction, self._spec, self._distributions):
-            self._enqueue(deeper.point, deeper.attrs)
-
-    def _enqueue(self, point: Point, attrs: Mapping[str, Any]) -> None:
-        self._study.enqueue_trial(point, user_attrs=dict(attrs))
-        self._n_queued_screen += SCREEN_ATTR in attrs
-        self._is_exhausted = False
+    def _follow_screen(self) -> None:
+        """Queue what the screen proposes once it is finished."""
+        if not self.is_screening:
+            self.queue.push_deeper()
 
     # --- one trial ---
-
-    @property
-    def max_trials(self) -> int:
-        """Return how many trials the space allows: the points of a grid."""
-        return len(self._grid) if self._is_grid else sys.maxsize
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether there is no point left to ask for."""
-        return self._is_exhausted
 
     def ask(self) -> tuple[int, TrialParams] | None:
         """Start the next trial, a queued one first.
@@ -212,14 +143,13 @@ class TrialBook:
         Returns:
             Its number and its resolved params; None if a grid has no point left.
         """
-        if self._is_grid and not self._queue_grid_point():
-            self._is_exhausted = True
+        if not self.queue.push_grid_point():
             return None
         trial = self._study.ask(self._distributions)
         params = self._resolve(find_origin(trial), trial.params)
         if SCREEN_ATTR in trial.user_attrs:
-            self._n_queued_screen -= 1
             self._running_screen.add(trial.number)
+        self.queue.note_asked(was_screen=SCREEN_ATTR in trial.user_attrs)
         self._start(trial, params, list_repeats(self._spec, params))
         return trial.number, params
 
@@ -261,16 +191,6 @@ class TrialBook:
     def _resolve(self, origin: int, point: Point) -> TrialParams:
         seed = derive_seed(self._spec.study.seed, "trial", origin, bits=63)
         return resolve_params(self._spec, point, self._group_counts, seed=seed)
-
-    def _queue_grid_point(self) -> bool:
-        """Queue the next untried point, unless one waits; return whether there is something to ask for."""
-        trials = self._study.get_trials(deepcopy=False)
-        if any(trial.state == OptunaState.WAITING for trial in trials):
-            return True
-        point = find_untried(self._grid, [trial.params for trial in trials])
-        if point is not None:
-            self._study.enqueue_trial(point)
-        return point is not None
 
     def report(self, number: int, result: EpochResult) -> bool:
         """Record one epoch.
@@ -343,7 +263,7 @@ class TrialBook:
             if outcome.reason and outcome.reason.infeasible:
                 _mark_infeasible(self._study, trial)
             if outcome.reason and (outcome.reason.may_pass or outcome.reason is Reason.INTERRUPTED):
-                self._queue_again(self._find(number), is_suspect=outcome.reason is not Reason.INTERRUPTED)
+                self.queue.push_again(self._find(number), is_suspect=outcome.reason is not Reason.INTERRUPTED)
         told = trial if isinstance(trial, Trial) else number
         self._study.tell(told, value, state=OptunaState[outcome.state.name])
         if isinstance(trial, Trial):
@@ -357,7 +277,7 @@ class TrialBook:
             self._n_finished += state is not TrialState.FAIL
             return
         self._running_screen.remove(number)
-        self._queue_deeper()
+        self._follow_screen()
 
     def origin(self, number: int) -> int:
         """Return the number of a trial's first attempt; all attempts have their seed and their checkpoint from it."""
@@ -369,13 +289,6 @@ class TrialBook:
         states = (OptunaState.RUNNING, OptunaState.WAITING)
         trials = self._study.get_trials(deepcopy=False, states=states)
         return frozenset(find_origin(trial) for trial in trials if is_begun(trial))
-
-    def _queue_again(self, trial: FrozenTrial, *, is_suspect: bool = False) -> None:
-        """Queue a lost trial's point as a new trial, if it may be tried again."""
-        if is_confirmation(trial):
-            return  # the next confirmation sees that it is missing
-        if (attrs := describe_retry(trial, is_suspect=is_suspect)) is not None:
-            self._enqueue(trial.params, attrs)
 
     def _find(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]

@@ -34,7 +34,7 @@ class Supply:
     @property
     def n_wanted(self) -> int:
         """Trials that the study is to have."""
-        return min(self._n_trials, self._book.max_trials)
+        return min(self._n_trials, self._book.queue.max_trials)
 
     @property
     def n_done(self) -> int:
@@ -54,8 +54,8 @@ class Supply:
     @property
     def is_dry(self) -> bool:
         """Whether nothing more will start, unless a running trial is lost."""
-        may_ask = self._n_startable > 0 and not self._book.is_exhausted
-        return self.is_late or not (may_ask or len(self._backlog) > 0 or self._book.next_is_screen)
+        may_ask = self._n_startable > 0 and not self._book.queue.is_exhausted
+        return self.is_late or not (may_ask or len(self._backlog) > 0 or self._book.queue.next_is_screen)
 
     @property
     def _n_startable(self) -> int:
@@ -81,12 +81,12 @@ class Supply:
         return self._backlog.take(_MAX_SCREEN_COHORT if self._book.is_screening else self._max_cohort, busy_backbones)
 
     def _may_ask(self) -> bool:
-        if self._book.next_is_screen:
+        if self._book.queue.next_is_screen:
             return True
         if self._backlog.is_sated or self._n_startable <= 0:
             return False
         # What the screen shows is to guide the sampler: until it ends nothing new is proposed.
-        return not self._book.is_screening or self._book.next_is_queued
+        return not self._book.is_screening or self._book.queue.next_is_queued
 
     def take_back(self, members: tuple[tuple[int, TrialParams], ...], *, is_lasting: bool) -> None:
         """Take back trials of one backbone that cannot use features.

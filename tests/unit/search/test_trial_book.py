@@ -450,12 +450,12 @@ def test_grid_asks_each_point_once(tmp_path: Path) -> None:
     """Every point comes once and then nothing; the size of the grid is known before."""
     book, stored = open_grid(tmp_path, n_trials=100)
     assert book.prepare() == 0
-    assert book.max_trials == 8
+    assert book.queue.max_trials == 8
     for _ in range(8):
-        assert not book.is_exhausted
+        assert not book.queue.is_exhausted
         run_trial(book)
     assert book.ask() is None
-    assert book.is_exhausted
+    assert book.queue.is_exhausted
     points = list_points(stored)
     assert sorted(points) == sorted((name, d) for name in GROUP_COUNTS for d in (0.0, 0.1, 0.2, 0.3))
 
@@ -502,7 +502,7 @@ def test_grid_order_depends_on_the_seed(tmp_path: Path) -> None:
 def test_max_trials_is_unbounded_without_a_grid(tmp_path: Path) -> None:
     """Only a grid ends by itself."""
     book, _ = open_book(tmp_path)
-    assert book.max_trials > 10**9
+    assert book.queue.max_trials > 10**9
 
 
 def test_report_of_many_classes_is_stored_by_its_cells(tmp_path: Path) -> None:
