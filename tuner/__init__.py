@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from tuner.errors import TunerError
     from tuner.production.best import best_params
     from tuner.production.evaluation import evaluate_folder
-    from tuner.production.evaluation import evaluate_folder
     from tuner.production.export import export_model
     from tuner.production.predictor import load
     from tuner.production.report import write_report
@@ -46,15 +45,11 @@ _HOMES = {
     "best_params": "tuner.production.best",
     "confirm_study": "tuner.service.coordinator",
     "evaluate_folder": "tuner.production.evaluation",
-    "confirm_study": "tuner.service.coordinator",
-    "evaluate_folder": "tuner.production.evaluation",
     "export_model": "tuner.production.export",
     "load": "tuner.production.predictor",
     "load_spec": "tuner.spec.study",
     "run_study": "tuner.service.coordinator",
     "train_best": "tuner.production.retrain",
-    "verify_folder": "tuner.production.verifying",
-    "write_report": "tuner.production.report",
     "verify_folder": "tuner.production.verifying",
     "write_report": "tuner.production.report",
 }

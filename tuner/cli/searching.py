@@ -123,7 +123,7 @@ def _conclude(status: "StudyStatus", again: list[str]) -> str:
         where = [] if status.storage == resolve_url() else ["--storage", status.storage]
         code = ["--allow-code"] if status.best.needs_code else []
         confirm = []
-        if status.confirmation is None:
+        if status.n_unconfirmed:
             command = shlex.join(["tuner", "confirm", status.name, *code, *where])
             confirm = [f"  {command}   # the best of many is partly luck: train the best few on fresh seeds"]
         best, train, board = (
@@ -186,6 +186,7 @@ def confirm(  # noqa: PLR0917 - click passes each option
         display=display,
     )
     again = ["confirm", study, "--top", str(top), "--seeds", str(seeds)]
+    again += ["--workers", str(workers)] if workers else []
     again += [*(["--storage", storage] if storage else []), *(["--allow-code"] if allow_code else [])]
     say(json.dumps(status.to_json(), indent=2) if as_json else _conclude(status, again))
     return _STOP_CODES.get(status.stopped_by, 0)

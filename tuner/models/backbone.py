@@ -15,10 +15,10 @@ from torch import nn
 
 from tuner.errors import ModelError, OwnCodeError
 from tuner.models.small_cnn import SmallCNN
+from tuner.spec.own_code import SMALL_CNN, is_users_code
 from tuner.spec.sections import BackboneSection
 from tuner.spec.suggestions import did_you_mean
 
-SMALL_CNN = "tuner:small_cnn"
 CREATED_WITH = "created_with"
 """Attribute of a timm model that holds its keyword arguments, so that weights can be loaded through a twin of it."""
 _WEIGHTS_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -54,14 +54,9 @@ def create_backbone(name: str, section: BackboneSection, *, n_classes: int, imag
         if section.kwargs:
             raise ModelError(f'backbones."{name}".kwargs: must be empty, got {section.kwargs!r}')
         return SmallCNN(num_classes=n_classes, image_size=image_size)
-    if is_own(name):
+    if is_users_code(name):
         return _create_own(name, section, n_classes)
     return _create_timm(name, section, n_classes, image_size)
-
-
-def is_own(name: str) -> bool:
-    """Whether a backbone's name is that of a user's function."""
-    return ":" in name and name != SMALL_CNN
 
 
 def first_line(error: BaseException) -> str:
@@ -228,7 +223,7 @@ def check_forward(model: nn.Module, *, image_size: int, n_classes: int, name: st
             with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 logits = tried.train(mode == "train")(torch.zeros(n_images, 3, image_size, image_size, device=device))
         except Exception as error:
-            if is_own(name):
+            if is_users_code(name):
                 what = f"must return logits for {image_size} px images in {mode} mode"
                 raise ModelError(f"space.backbone: '{name}' {what}, got {first_line(error)}") from error
             raise _reject_size(name, image_size, error) from error

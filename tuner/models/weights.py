@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tuner.errors import ModelError
-from tuner.models.backbone import find_classifiers, find_own_function, first_line, is_own
+from tuner.models.backbone import find_classifiers, find_own_function, first_line
 from tuner.models.hub import find_address, find_pretrained_cfg, load_timm_state, reject_head
+from tuner.spec.own_code import is_users_code
 from tuner.spec.sections import BackboneSection
 
 Kind = Literal["file", "timm", "random", "own"]
@@ -67,7 +68,7 @@ def _choose_kind(name: str, section: BackboneSection) -> Kind:
         return "timm"
     if section.keep_head:
         raise ModelError(f'backbones."{name}".keep_head: must be false without pretrained weights, got true')
-    return "own" if is_own(name) else "random"
+    return "own" if is_users_code(name) else "random"
 
 
 def _find_file(name: str, section: BackboneSection) -> Path:

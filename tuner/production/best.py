@@ -11,6 +11,7 @@ from tuner.production.reading import open_stored
 from tuner.search.confirmation import read_confirmation
 from tuner.search.studies import StoredStudy, read_params
 from tuner.search.study_facts import explain_damage
+from tuner.search.trial_attrs import CONFIRM_ATTR, is_confirmation
 from tuner.search.warm_start import find_winner
 from tuner.spec.sections import BackboneSection
 
@@ -42,6 +43,8 @@ def best_params(study: str, *, storage: str | None = None, trial: int | None = N
             data = _describe_data(stored, recipe["backbone"])
             backbone = _describe_backbone(stored, recipe["backbone"])
             confirmed = _describe_confirmed(stored, chosen.number)
+        if confirmed is not None:
+            recipe["views"] = "fresh"  # as it was confirmed, whatever the search kept for speed
         return {
             "trial": {
                 "study": study,
@@ -61,6 +64,10 @@ def _find_completed(stored: StoredStudy, number: int) -> FrozenTrial:
     if number >= len(trials) or trials[number].state != TrialState.COMPLETE:
         got = trials[number].state.name.lower() if number < len(trials) else f"{len(trials)} trials"
         raise ExportError(f"study {stored.name!r}: trial {number} must be a completed one, got {got}")
+    if is_confirmation(trials[number]):
+        confirmed = trials[number].user_attrs[CONFIRM_ATTR]["trial"]
+        got = f"one that confirms trial {confirmed}; take that one"
+        raise ExportError(f"study {stored.name!r}: trial {number} must be one of the search, got {got}")
     return trials[number]
 
 

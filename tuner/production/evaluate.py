@@ -3,10 +3,8 @@
 import math
 from typing import Any
 
+from tuner.search.intervals import Z_95
 from tuner.training.metrics import Scores
-
-_Z_95 = 1.959963984540054
-"""Standard normal quantile at 0.975."""
 
 
 def count_images(scores: Scores) -> int:
@@ -26,9 +24,9 @@ def wilson_interval(n_hits: int, n_images: int) -> tuple[float, float]:
         n_hits: In ``[0, n_images]``.
         n_images: At least 1.
     """
-    share, z2 = n_hits / n_images, _Z_95**2
+    share, z2 = n_hits / n_images, Z_95**2
     centre = (share + z2 / (2 * n_images)) / (1 + z2 / n_images)
-    half = _Z_95 / (1 + z2 / n_images) * math.sqrt(share * (1 - share) / n_images + z2 / (4 * n_images**2))
+    half = Z_95 / (1 + z2 / n_images) * math.sqrt(share * (1 - share) / n_images + z2 / (4 * n_images**2))
     # Rounding may leave a share of 0 or 1 just outside its own interval.
     return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
 

@@ -3,14 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tuner.errors import DataError, ExportError
 from tuner.production.locked_test import Announce, TestScores, look_at_test, open_test
 from tuner.production.machine import choose_device, find_own_code, using_cores
-from tuner.production.stored_recipe import read_data, read_recipe
+from tuner.production.stored_recipe import StoredRecipe, read_data, read_recipe
 from tuner.production.train_result import METRICS_NAME, add_test_pictures
-from tuner.training.package import read_manifest, read_package
+from tuner.training.package import Manifest, read_manifest, read_package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,9 @@ def evaluate_folder(
     recipe = read_recipe(name, storage)
     if recipe.facts.classes != manifest.classes:
         raise DataError(f"{place}: must have the classes of study {name!r}, got {len(manifest.classes)} others")
+    _check_origin(manifest, recipe)
+    if out is not None:
+        _check_out(Path(out))
     data = read_data(recipe)
     with using_cores() as n_threads:
         test = open_test(recipe, data, n_threads=n_threads, manifest=manifest)
@@ -89,8 +93,32 @@ def evaluate_folder(
     return evaluation
 
 
+def _check_origin(manifest: Manifest, recipe: StoredRecipe) -> None:
+    """Refuse a model that may have been trained on the test images.
+
+    Raises:
+        DataError: If it comes from other images or splits, or from no study that says so.
+    """
+    came_with = manifest.provenance.get("data_hash")
+    is_same = manifest.provenance.get("study") == recipe.study if came_with is None else False
+    if not is_same and came_with != recipe.facts.data_hash:
+        raise DataError(
+            f"study {recipe.study!r}: must have the images and splits that the model was trained with, got others; "
+            "the model may have seen these test images"
+        )
+
+
+def _check_out(folder: Path) -> None:
+    """Make the folder for the numbers, before the look at test that they come from."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".tuner-"):
+            pass
+    except OSError as error:
+        raise ExportError(f"{folder}: must be a folder that can be written, got: {error.strerror or error}") from error
+
+
 def _write_files(folder: Path, evaluation: Evaluation) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(evaluation.to_json(), indent=1)
     (folder / METRICS_NAME).write_text(f"{text}\n", encoding="utf-8")
     add_test_pictures(folder, evaluation.test, evaluation.classes)

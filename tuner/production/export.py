@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from tuner.errors import ExportError
-from tuner.models.backbone import SMALL_CNN
 from tuner.production.graphs import INPUT_NAME, OUTPUT_NAME, trace_model, write_onnx, write_program
 from tuner.production.hugging_face import write_hub_config
 from tuner.production.machine import find_own_code
 from tuner.production.timm_recipe import express_recipe, write_args
+from tuner.spec.own_code import SMALL_CNN
 from tuner.training.batches import find_dtype
 from tuner.training.package import WEIGHTS_NAME, Manifest, read_manifest, read_package, replacing_folder, write_weights
 

@@ -1,6 +1,8 @@
 """The model card: what a model is, where it comes from, what it is worth, and all that it takes to train it again."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ def _describe_confirmation(recipe: StoredRecipe) -> dict[str, Any] | None:
     found = recipe.confirmation
     if found is None or found.winner.trial != recipe.number:
         return None
+    winner = found.winner
     runs = [
         {
             "repeat": vars(make_repeat(recipe.spec.study.seed, seed, found.n_folds)),
@@ -75,17 +78,17 @@ def _describe_confirmation(recipe: StoredRecipe) -> dict[str, Any] | None:
             "loss": loss,
         }
         for seed, value, accuracy, loss in zip(
-            range(found.n_seeds), found.winner.values, found.winner.accuracies, found.winner.losses, strict=False
+            winner.seeds, winner.values, winner.accuracies, winner.losses, strict=True
         )
     ]
     return {
-        "value": found.winner.mean,
-        "standard_deviation": found.winner.deviation,
+        "value": winner.mean,
+        "standard_deviation": winner.deviation,
         "gain_over_search": found.gain,
         "accuracy": found.prediction.accuracy,
         "accuracy_interval_95": [found.prediction.low, found.prediction.high],
         "n_test_images_of_interval": found.prediction.n_test,
-        "is_whole": found.winner.n_failed == 0,
+        "n_failed_seeds": winner.n_failed,
         "runs": runs,
     }
 
@@ -100,6 +103,8 @@ def list_limits(recipe: StoredRecipe, *, has_test: bool) -> list[str]:
         limits.append("The recipe was not confirmed on fresh seeds: the search's number is the best of many, too good.")
     elif recipe.confirmation.n_folds == 0:
         limits.append("It was confirmed on the val images that the search has chosen by, since the data gives val.")
+    if recipe.confirmation is not None and recipe.confirmation.n_search_trials < recipe.n_completed:
+        limits.append("The search has gone on since the confirmation; what it found since then was not confirmed.")
     if not has_test:
         limits.append("There was no test split: no number here is from images that no choice was based on.")
     if recipe.spec.pretraining is None:
@@ -128,6 +133,22 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+@contextmanager
+def explain_card(where: str) -> Iterator[None]:
+    """Turn what a block raises over a card that nothing of ours wrote into one line.
+
+    Raises:
+        ModelError: In place of it.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{where}: must hold a model card that 'tuner train' wrote, got {type(error).__name__}: {reason}"
+        ) from error
+
+
 def write_card_text(card: dict[str, Any]) -> str:
     """Return a card as Markdown, for people."""
     search, data, training = card["search"], card["data"], card["training"]
@@ -135,7 +156,7 @@ def write_card_text(card: dict[str, Any]) -> str:
     cost = search["device_seconds"]
     sections = {
         "What it is": [
-            f"`{_plain(card['recipe']['backbone'])}` for {len(data['classes'])} classes: "
+            f"{_plain(card['recipe']['backbone'])} for {len(data['classes'])} classes: "
             + ", ".join(map(_plain, data["classes"][:20]))
             + (" …" if len(data["classes"]) > 20 else ""),
             (
@@ -196,4 +217,4 @@ def _write_section(title: str, items: list[str]) -> str:
 
 def _plain(value: Any) -> str:
     """Return a value in which nothing is Markdown."""
-    return "".join(f"\\{each}" if each in r"\`*[]<>|#" else each for each in str(value))
+    return "".join(f"\\{each}" if each in r"\`*_~&[]<>|#" else each for each in str(value))

@@ -117,9 +117,11 @@ def _tabulate(found: Confirmation) -> str:
 
 def _tell_test(trained: dict[str, Any] | None, openings: list[dict[str, str]]) -> str:
     looks = _table(("test was looked at", "by"), [(each["time"], each["reason"]) for each in openings])
-    if trained is None or trained["test"] is None:
+    if trained is None:
+        return "<p>No model has been trained for production yet: <code>tuner train</code>.</p>"
+    if trained["test"] is None:
         return (
-            f"<p>No model has been trained for production yet: <code>tuner train</code>.</p>{looks if openings else ''}"
+            f"<p>A model of trial {int(trained['trial'])} was trained; without a test split no number is unbiased.</p>"
         )
     test = trained["test"]
     low, high = test["accuracy_interval_95"]

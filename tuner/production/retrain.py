@@ -28,6 +28,7 @@ from tuner.production.machine import choose_device, reporting_memory, using_core
 from tuner.production.stored_recipe import (
     StoredRecipe,
     compare_weights,
+    expect_test,
     permit_code,
     read_data,
     read_recipe,
@@ -139,7 +140,9 @@ class _Retraining:
         # Decoded first, so that an unreadable test image does not show after hours of training. No model has seen it.
         recipe, n_threads = self._recipe, self._n_threads
         test = open_test(recipe, self._data, n_threads=n_threads)
-        if test is None:
+        if test is not None:
+            recipe = self._recipe = expect_test(recipe, len(test.labels))
+        else:
             self._announce(f"{NO_TEST}; data.test_fraction = 0.2 in a new study keeps one back")
         with reporting_memory(self._device, n_images=self._params.batch_size, advice=_MEMORY_ADVICE):
             images = load_images(recipe, self._data, Split.TRAIN, Split.VAL, n_threads=n_threads)
@@ -163,7 +166,8 @@ class _Retraining:
             test=scores,
             test_duplicates=duplicates,
         )
-        record_retraining(recipe, seconds, describe_trained(result))
+        n_devices = n_threads if self._device.type == "cpu" else 1  # a CPU core is a device, as in runs
+        record_retraining(recipe, seconds * n_devices, describe_trained(result))
         write_package(folder, models[0], self._describe_model(result), lambda path: add_result_files(path, result))
         return result
 

@@ -1,7 +1,7 @@
 """What retraining starts from: the best trial's recipe, and the study's images and weights, still the same ones."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,15 +9,16 @@ from optuna.exceptions import StorageInternalError
 
 from tuner.data.splits import unpack_splits
 from tuner.errors import DataError, ModelError, StorageError
-from tuner.models.backbone import Preprocessing, is_own
+from tuner.models.backbone import Preprocessing
 from tuner.models.weights import find_weights
 from tuner.production.best import best_params
 from tuner.production.machine import find_own_code
 from tuner.production.reading import open_stored
-from tuner.search.confirmation import Confirmation, read_confirmation
+from tuner.search.confirmation import Confirmation, count_search_trials, predict, read_confirmation
 from tuner.search.ledger import RETRAINS_ATTR, Ledger, read_ledger
 from tuner.search.study_facts import StudyFacts, explain_damage
 from tuner.service.study_data import StudyData, read_study_data
+from tuner.spec.own_code import check_code, is_users_code
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.pretrain import identify_pretraining
 from tuner.trial import TrialParams
@@ -41,6 +42,8 @@ class StoredRecipe:
     ledger: Ledger
     n_trials: int
     """That have ended, of the screen and of the confirmation too."""
+    n_completed: int
+    """Of them, those of the search that completed."""
 
     @property
     def number(self) -> int:
@@ -86,8 +89,24 @@ def read_recipe(study: str, storage: str | None, trial: int | None = None) -> St
             tables=tables,
             confirmation=read_confirmation(stored.study),
             ledger=read_ledger(stored.study),
+            n_completed=count_search_trials(stored.study),
             n_trials=sum(trial.state.is_finished() for trial in stored.study.get_trials(deepcopy=False)),
         )
+
+
+def expect_test(recipe: StoredRecipe, n_test: int) -> StoredRecipe:
+    """Return a recipe whose prediction is for so many test images; some data sets list theirs only when opened."""
+    found = recipe.confirmation
+    if found is None or found.winner.trial != recipe.number or found.prediction.n_test == n_test:
+        return recipe
+    counts = recipe.facts.split_counts | {"test": n_test}
+    prediction = predict(found.candidates, found.objective, counts=counts, n_folds=found.n_folds)
+    interval = {"accuracy_interval_95": [prediction.low, prediction.high]}
+    return replace(
+        recipe,
+        confirmation=replace(found, prediction=prediction),
+        tables=recipe.tables | {"confirmed": recipe.tables["confirmed"] | interval},
+    )
 
 
 def record_retraining(recipe: StoredRecipe, seconds: float, trained: dict[str, Any]) -> None:
@@ -110,14 +129,9 @@ def permit_code(recipe: StoredRecipe, *, allow_code: bool) -> None:
     Raises:
         ModelError: If it is not allowed.
     """
-    if not is_own(recipe.params.backbone):
-        return
-    if not allow_code:
-        raise ModelError(
-            f"study {recipe.study!r}: must have a backbone of timm or tuner, got the function "
-            f"{recipe.params.backbone!r}; allow code (--allow-code) only if you trust the study and that function"
-        )
-    find_own_code()
+    check_code(recipe.params.backbone, allow_code=allow_code, where=f"study {recipe.study!r}", kind="study")
+    if is_users_code(recipe.params.backbone):
+        find_own_code()
 
 
 def read_data(recipe: StoredRecipe) -> StudyData:

@@ -16,15 +16,18 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from tuner.data.folds import cut_fold
 from tuner.data.image_set import load_image_set, move_to
 from tuner.data.index import Split
 from tuner.errors import ERRORS_BY_NAME, DataError, ExportError, ModelError, TunerError
-from tuner.models.backbone import is_own, read_preprocessing
+from tuner.models.backbone import read_preprocessing
 from tuner.models.weights import find_weights
-from tuner.production.machine import choose_device, using_cores
-from tuner.production.model_card import CARD_NAME, read_card
+from tuner.production.machine import choose_device, reporting_memory, using_cores
+from tuner.production.model_card import CARD_NAME, explain_card, read_card
 from tuner.service.study_data import read_study_data
+from tuner.spec.own_code import check_code
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.loop import Diverged, TrainingJob, train_epochs
 from tuner.training.prepare import prepare_model
@@ -94,28 +97,28 @@ def verify_folder(
     """
     card = read_card(Path(folder))
     choose_device(device)
-    if is_own(str(card["recipe"]["backbone"])) and not allow_code:
-        raise ModelError(
-            f"{folder}: must have a backbone of timm or tuner, got the function {card['recipe']['backbone']!r}; "
-            "allow code (--allow-code) only if you trust the folder and that function"
-        )
-    if card.get("confirmation") is None:
+    with explain_card(str(folder)):
+        backbone = str(card["recipe"]["backbone"])
+        confirmation = card["confirmation"]
+    check_code(backbone, allow_code=allow_code, where=str(folder), kind="folder")
+    if confirmation is None:
         raise ExportError(
             f"{folder}: must hold the model of a confirmed recipe, got one that was not; 'tuner confirm', then "
             f"'tuner train' writes one"
         )
+    with explain_card(str(folder)):
+        low, high = map(float, confirmation["accuracy_interval_95"])
+        recorded = [(float(run["accuracy"]), float(run["loss"])) for run in confirmation["runs"]][:n_runs]
     with TemporaryDirectory(prefix="tuner-verify-") as name:
         place = Path(name)
         (place / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")
-        runs = _train_apart(place, device, n_runs or len(card["confirmation"]["runs"]), allow_code=allow_code)
-    recorded = card["confirmation"]["runs"][: len(runs)]
-    low, high = card["confirmation"]["accuracy_interval_95"]
+        runs = _train_apart(place, device, len(recorded), allow_code=allow_code)
     return Verification(
         accuracy=fmean(run["accuracy"] for run in runs),
         loss=fmean(math.inf if run["loss"] is None else run["loss"] for run in runs),
         interval=(low, high),
-        card_accuracy=fmean(run["accuracy"] for run in recorded),
-        card_loss=fmean(run["loss"] for run in recorded),
+        card_accuracy=fmean(accuracy for accuracy, _ in recorded),
+        card_loss=fmean(loss for _, loss in recorded),
         n_runs=len(runs),
     )
 
@@ -145,24 +148,22 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
     Raises:
         DataError, ModelError, DeviceError, StorageError: If something of the card cannot be used.
     """
-    spec = StudySpec.model_validate(card["study_file"], strict=False)
-    params = TrialParams.from_json(card["recipe"])
+    with explain_card(CARD_NAME):
+        spec = StudySpec.model_validate(card["study_file"], strict=False)
+        params = replace(TrialParams.from_json(card["recipe"]), views="fresh")
+        repeats = [Repeat(**run["repeat"]) for run in card["confirmation"]["runs"][:n_runs]]
+        data_hash, weights = card["data"]["hash"], card["weights"]
     data = read_study_data(spec)
-    if data.hash != card["data"]["hash"]:
+    if data.hash != data_hash:
         raise DataError("data: must be the images of the model card, got other images, labels or splits; restore them")
-    section = spec.backbones.get(params.backbone, BackboneSection())
     chosen = choose_device(device)
-    pretrained = None
-    if spec.pretraining is None:
-        fingerprint = find_weights(params.backbone, section).fingerprint
-    else:
-        fingerprint = identify_pretraining(params.backbone, spec)
-        pretrained = pretrain_backbone(params.backbone, spec, chosen)
-    if fingerprint != card["weights"]:
-        raise ModelError(f'backbones."{params.backbone}".weights: must be those of the model card, got others')
-    preprocessing = read_preprocessing(params.backbone, section)
+    pretrained = _find_weights(params.backbone, spec, weights, chosen)
+    preprocessing = read_preprocessing(params.backbone, spec.backbones.get(params.backbone, BackboneSection()))
     runs = []
-    with using_cores() as n_threads:
+    with (
+        using_cores() as n_threads,
+        reporting_memory(chosen, n_images=params.batch_size, advice="choose another --device"),
+    ):
         load = partial(
             load_image_set,
             data.index,
@@ -171,24 +172,37 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
             interpolation=preprocessing.interpolation,
             n_threads=n_threads,
         )
-        whole = load((Split.TRAIN, Split.VAL))
-        for run in card["confirmation"]["runs"][:n_runs]:
-            repeat = Repeat(**run["repeat"])
-            own = replace(params, seed=repeat.seed, views="fresh")
+        for repeat in repeats:
+            own = replace(params, seed=repeat.seed)
             if repeat.n_folds:
-                images = cut_fold(whole, repeat, data.index)
+                train, val = cut_fold(load((Split.TRAIN, Split.VAL)), repeat, data.index)
             else:
-                images = load((Split.TRAIN,)), load((Split.VAL,))
+                train, val = load((Split.TRAIN,)), load((Split.VAL,))
             job = TrainingJob(
                 model=prepare_model(own, spec, len(data.index.classes), pretrained),
                 params=own,
-                train=move_to(images[0], chosen),
-                val=move_to(images[1], chosen),
+                train=move_to(train, chosen),
+                val=move_to(val, chosen),
                 preprocessing=preprocessing,
                 device=chosen,
             )
             runs.append(_train_run(job))
     return runs
+
+
+def _find_weights(backbone: str, spec: StudySpec, wanted: str, device: torch.device) -> Path | None:
+    """Check that the backbone starts from the card's weights; return those of pretraining, if there are some.
+
+    Raises:
+        ModelError: If they are others.
+    """
+    if spec.pretraining is None:
+        path, found = None, find_weights(backbone, spec.backbones.get(backbone, BackboneSection())).fingerprint
+    else:
+        path, found = pretrain_backbone(backbone, spec, device), identify_pretraining(backbone, spec)
+    if found != wanted:
+        raise ModelError(f'backbones."{backbone}".weights: must be those of the model card, got others')
+    return path
 
 
 def _train_run(job: TrainingJob) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from tuner.search.samplers import derive_seed, make_sampler
+from tuner.search.trial_attrs import is_confirmation
 
 _LEARNT_FROM = (OptunaState.COMPLETE, OptunaState.PRUNED, OptunaState.RUNNING)
 _MIN_OWN_TRIALS = 4
@@ -116,7 +117,9 @@ class PerBackboneSampler(BaseSampler):
         own = [
             each
             for each in trials
-            if each.params.get("backbone") == proposed["backbone"] and rest.keys() <= each.params.keys()
+            if each.params.get("backbone") == proposed["backbone"]
+            and rest.keys() <= each.params.keys()
+            and not is_confirmation(each)
         ]
         if sum(each.state.is_finished() for each in own) < _MIN_OWN_TRIALS:
             return proposed

@@ -7,8 +7,9 @@ trial.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import stdev
 from typing import Any, Self
 
 import optuna
@@ -20,8 +21,8 @@ from tuner.search.intervals import Prediction, predict_accuracy
 from tuner.search.samplers import derive_seed
 from tuner.search.studies import StoredStudy, rank_trials
 from tuner.search.study_facts import StudyFacts
-from tuner.search.trial_attrs import CONFIRM_ATTR, EPOCHS_ATTR, is_confirmation, is_given_up
-from tuner.trial import EpochResult, Repeat
+from tuner.search.trial_attrs import CONFIRM_ATTR, EPOCHS_ATTR, REASON_ATTR, is_confirmation, is_given_up
+from tuner.trial import EpochResult, Reason, Repeat
 
 CONFIRMATION_ATTR = "tuner:confirmation"
 """User attribute of the study: the last confirmation, as ``Confirmation.to_json``."""
@@ -31,6 +32,7 @@ DEFAULT_TOP = 5
 DEFAULT_SEEDS = 3
 _MAX_FOLDS = 10
 _MAX_ATTEMPTS = 3
+_INTERRUPTED = (None, Reason.INTERRUPTED.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,10 @@ class Candidate:
     trial: int
     search_value: float
     """What the search saw."""
+    seeds: tuple[int, ...]
+    """Those that completed, from 0."""
     values: tuple[float, ...]
-    """Of the objective, one for each seed that completed."""
+    """Of the objective, one for each of them."""
     accuracies: tuple[float, ...]
     losses: tuple[float, ...]
     """Mean cross entropy on the validation images."""
@@ -112,9 +116,10 @@ class Confirmation:
             Candidate(
                 trial=int(each["trial"]),
                 search_value=float(each["search_value"]),
-                values=tuple(each["values"]),
-                accuracies=tuple(each["accuracies"]),
-                losses=tuple(each["losses"]),
+                seeds=tuple(map(int, each["seeds"])),
+                values=tuple(map(float, each["values"])),
+                accuracies=tuple(map(float, each["accuracies"])),
+                losses=tuple(map(float, each["losses"])),
                 n_failed=int(each["n_failed"]),
             )
             for each in values["candidates"]
@@ -125,7 +130,7 @@ class Confirmation:
             n_folds=int(values["n_folds"]),
             n_search_trials=int(values["n_search_trials"]),
             candidates=candidates,
-            prediction=Prediction(**values["prediction"]),
+            prediction=Prediction.from_json(values["prediction"]),
         )
 
 
@@ -173,16 +178,16 @@ def make_repeat(study_seed: int, which: int, n_folds: int) -> Repeat:
 
 
 def list_missing(study: optuna.Study, candidates: Iterable[int], n_seeds: int) -> list[Wanted]:
-    """Return what is still to be trained, all seeds of the best candidate first.
+    """Return what is still to be trained, all seeds of the best candidate first; what is running is not missing.
 
-    One that was lost is tried again, three times in all; what is running is not missing.
+    One that was lost is tried again, three times in all, and one that was interrupted as often as that happens.
     """
     is_over: set[tuple[int, int]] = set()
     n_lost: Counter[tuple[int, int]] = Counter()
     for trial in filter(is_confirmation, study.get_trials(deepcopy=False)):
-        key = trial.user_attrs[CONFIRM_ATTR]["trial"], trial.user_attrs[CONFIRM_ATTR]["seed"]
-        n_lost[key] += trial.state == OptunaState.FAIL
-        if trial.state != OptunaState.FAIL or (is_given_up(trial) or n_lost[key] >= _MAX_ATTEMPTS):
+        key = _identify(trial)
+        n_lost[key] += trial.state == OptunaState.FAIL and trial.user_attrs.get(REASON_ATTR) not in _INTERRUPTED
+        if trial.state != OptunaState.FAIL or is_given_up(trial) or n_lost[key] >= _MAX_ATTEMPTS:
             is_over.add(key)
     return [
         Wanted(trial=candidate, seed=seed)
@@ -190,6 +195,11 @@ def list_missing(study: optuna.Study, candidates: Iterable[int], n_seeds: int) -
         for seed in range(n_seeds)
         if (candidate, seed) not in is_over
     ]
+
+
+def _identify(confirming: FrozenTrial) -> tuple[int, int]:
+    confirms = confirming.user_attrs[CONFIRM_ATTR]
+    return int(confirms["trial"]), int(confirms["seed"])
 
 
 class ConfirmingTrial:
@@ -227,29 +237,45 @@ def summarise(stored: StoredStudy, candidates: Sequence[int], n_seeds: int) -> C
         n_seeds: Of each.
     """
     study, spec = stored.study, stored.spec
-    missing = {wanted.trial for wanted in list_missing(study, candidates, n_seeds)}
+    open_trials = {wanted.trial for wanted in list_missing(study, candidates, n_seeds)}
     n_folds = count_folds(stored.facts)
     trials = study.get_trials(deepcopy=False)
-    seen = [_collect(trials, trials[number], n_seeds, spec.study.objective) for number in candidates]
-    whole = [each for each in seen if each.trial not in missing and each.values]
+    confirming = [trial for trial in trials if is_confirmation(trial)]
+    open_trials |= {_identify(trial)[0] for trial in confirming if trial.state == OptunaState.RUNNING}
+    seen = [_collect(confirming, trials[number], n_seeds, spec.study.objective) for number in candidates]
+    whole = [each for each in seen if each.trial not in open_trials and each.values]
     if not whole:
         return None
     sign = -1 if study.direction == optuna.study.StudyDirection.MINIMIZE else 1
     # A recipe that fails on a seed is no recipe for production, however good its other seeds are.
     ranked = sorted(whole, key=lambda each: (each.n_failed, -sign * each.mean, each.trial))
-    counts = stored.facts.split_counts
     return Confirmation(
         objective=spec.study.objective,
         n_seeds=n_seeds,
         n_folds=n_folds,
         n_search_trials=count_search_trials(study),
         candidates=tuple(ranked),
-        prediction=predict_accuracy(
-            [each.accuracies for each in ranked],
-            [[sign * value for value in each.values] for each in ranked],
-            counts=counts,
-            n_folds=n_folds,
-        ),
+        prediction=predict(ranked, spec.study.objective, counts=stored.facts.split_counts, n_folds=n_folds),
+    )
+
+
+def predict(ranked: Sequence[Candidate], objective: str, *, counts: Mapping[str, int], n_folds: int) -> Prediction:
+    """Return what production will get of the first of some candidates.
+
+    Args:
+        ranked: The winner first.
+        objective: By which they were ranked.
+        counts: Images in train, val and test.
+        n_folds: Of the fresh cuts; 0: val itself.
+    """
+    sign = -1 if objective == "val_loss" else 1
+    shared = ranked[0].seeds
+    alike = [each for each in ranked if each.seeds == shared]  # each seed is compared with itself
+    return predict_accuracy(
+        [each.accuracies for each in alike],
+        [[sign * value for value in each.values] for each in alike],
+        counts=counts,
+        n_folds=n_folds,
     )
 
 
@@ -258,26 +284,25 @@ def count_search_trials(study: optuna.Study) -> int:
     return len(rank_trials(study))
 
 
-def _collect(trials: Sequence[FrozenTrial], candidate: FrozenTrial, n_seeds: int, objective: str) -> Candidate:
+def _collect(confirming: Iterable[FrozenTrial], candidate: FrozenTrial, n_seeds: int, objective: str) -> Candidate:
     ends: dict[int, EpochResult] = {}
-    for trial in filter(is_confirmation, trials):
-        confirms = trial.user_attrs[CONFIRM_ATTR]
-        if confirms["trial"] == candidate.number and trial.state == OptunaState.COMPLETE:
-            ends[confirms["seed"]] = EpochResult(**trial.user_attrs[EPOCHS_ATTR][-1])
-    last = [ends[seed] for seed in sorted(ends) if seed < n_seeds]
+    for trial in confirming:
+        confirmed, seed = _identify(trial)
+        if confirmed == candidate.number and trial.state == OptunaState.COMPLETE and seed < n_seeds:
+            ends[seed] = EpochResult(**trial.user_attrs[EPOCHS_ATTR][-1])
+    seeds = sorted(ends)
     return Candidate(
         trial=candidate.number,
         search_value=candidate.value or 0.0,
-        values=tuple(result.objective_value(objective) for result in last),
-        accuracies=tuple(result.val_accuracy for result in last),
-        losses=tuple(result.val_loss for result in last),
-        n_failed=n_seeds - len(last),
+        seeds=tuple(seeds),
+        values=tuple(ends[seed].objective_value(objective) for seed in seeds),
+        accuracies=tuple(ends[seed].val_accuracy for seed in seeds),
+        losses=tuple(ends[seed].val_loss for seed in seeds),
+        n_failed=n_seeds - len(seeds),
     )
 
 
 def _deviate(values: Sequence[float]) -> float:
-    from statistics import stdev
-
     return stdev(values) if len(values) > 1 else 0.0
 
 

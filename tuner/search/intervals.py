@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
+from typing import Any, Self
 
-_Z_95 = 1.959963984540054
+Z_95 = 1.959963984540054
 """Standard normal quantile at 0.975."""
 
 
@@ -23,6 +24,18 @@ class Prediction:
     """Images that the accuracy will be measured on; 0: infinitely many."""
     binomial_floor: float
     """Width that the sizes of the study's val and test alone would give, had training no randomness."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read what ``dataclasses.asdict`` and JSON made of a prediction."""
+        return cls(
+            accuracy=float(values["accuracy"]),
+            low=float(values["low"]),
+            high=float(values["high"]),
+            n_val=int(values["n_val"]),
+            n_test=int(values["n_test"]),
+            binomial_floor=float(values["binomial_floor"]),
+        )
 
     def describe(self) -> str:
         """Return the prediction for a person."""
@@ -72,14 +85,14 @@ def predict_accuracy(
         binomial_val = per_image / n_val
     binomial_test = per_image / n_test if n_test else 0.0
     model = spread * (1 + 1 / n_seeds)
-    half = math.sqrt(_Z_95**2 * (binomial_val + binomial_test) + _quantile(freedom) ** 2 * model)
+    half = math.sqrt(Z_95**2 * (binomial_val + binomial_test) + _quantile(freedom) ** 2 * model)
     return Prediction(
         accuracy=mean,
         low=max(0.0, mean - half),
         high=min(1.0, mean + half),
         n_val=n_val,
         n_test=n_test,
-        binomial_floor=2 * _Z_95 * math.sqrt(per_image / counts["val"] + binomial_test),
+        binomial_floor=2 * Z_95 * math.sqrt(per_image / counts["val"] + binomial_test),
     )
 
 
@@ -99,7 +112,7 @@ def _cross_fit(accuracies: Sequence[Sequence[float]], scores: Sequence[Sequence[
 def _quantile(freedom: int) -> float:
     """Return Student's quantile at 0.975; the normal one where nothing was estimated."""
     if freedom == 0:
-        return _Z_95
+        return Z_95
     from scipy.stats import t
 
     return float(t.ppf(0.975, freedom))

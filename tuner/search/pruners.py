@@ -5,7 +5,6 @@ prunes fine-tuning curves before they have crossed.
 """
 
 from collections.abc import Callable
-from typing import cast
 
 from optuna.pruners import (
     BasePruner,
@@ -15,10 +14,9 @@ from optuna.pruners import (
     PercentilePruner,
     SuccessiveHalvingPruner,
 )
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 
-from tuner.search.screening import is_screen
+from tuner.search.screening import is_of_search
+from tuner.search.search_view import ViewingPruner
 
 N_STARTUP_TRIALS = 5
 """Trials that must complete before median and percentile compare with them."""
@@ -53,38 +51,18 @@ PRUNERS: dict[str, Callable[[int], BasePruner]] = {
 }
 
 
-class HeadBlindPruner(BasePruner):
-    """Compares a trial with those that the search itself proposed.
+def make_study_pruner(name: str, *, epochs: int) -> BasePruner:
+    """Make the pruner of a study, which compares trials that the search itself proposed.
 
     The screen's heads complete with flat, high curves from the first epoch on, beside which every deeper trial that
     still rises would be pruned. asha and hyperband need no such help: a trial that is never asked about takes no rung.
+
+    Args:
+        name: As for ``make_pruner``.
+        epochs: Likewise.
     """
-
-    def __init__(self, pruner: BasePruner) -> None:
-        """Take the pruner that compares."""
-        self._pruner = pruner
-
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Say whether a trial should be pruned."""
-        return self._pruner.prune(cast("Study", _WithoutScreen(study)), trial)
-
-
-class _WithoutScreen:
-    """What median and percentile look at of a study, but for the trials of its screen."""
-
-    def __init__(self, study: Study) -> None:
-        self._study = study
-        self.direction = study.direction
-
-    def get_trials(self, *, deepcopy: bool, states: tuple[TrialState, ...]) -> list[FrozenTrial]:
-        trials = self._study.get_trials(deepcopy=deepcopy, states=states)
-        return [trial for trial in trials if not is_screen(trial)]
-
-
-def make_screened_pruner(name: str, *, epochs: int) -> BasePruner:
-    """Make the pruner of a study that is screened; arguments as for ``make_pruner``."""
     pruner = make_pruner(name, epochs=epochs)
-    return HeadBlindPruner(pruner) if isinstance(pruner, PercentilePruner) else pruner
+    return ViewingPruner(pruner, is_of_search) if isinstance(pruner, PercentilePruner) else pruner
 
 
 def make_pruner(name: str, *, epochs: int) -> BasePruner:

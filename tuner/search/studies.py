@@ -16,9 +16,10 @@ from tuner.search.backbone_sampler import make_screened_sampler
 from tuner.search.distributions import count_grid, make_distributions
 from tuner.search.mirror import MirrorStorage
 from tuner.search.patience import Patience
-from tuner.search.pruners import make_pruner, make_screened_pruner
+from tuner.search.pruners import make_study_pruner
 from tuner.search.samplers import make_sampler
 from tuner.search.screening import is_of_search
+from tuner.search.search_view import SearchSampler
 from tuner.search.study_facts import StudyFacts, explain_damage, find_changed_facts
 from tuner.search.trial_attrs import PARAMS_ATTR, is_confirmation
 from tuner.search.urls import is_file_url
@@ -143,12 +144,12 @@ def _equip(storage: RDBStorage, spec: StudySpec, facts: StudyFacts, patience: Pa
     n_stored = mirror.get_n_trials(mirror.get_study_id_from_name(spec.study.name))
     is_screened = spec.search.screen > 0
     sample_with = make_screened_sampler if is_screened else make_sampler
-    prune_with = make_screened_pruner if is_screened else make_pruner
+    sampler = sample_with(spec.search.sampler, study_seed=spec.study.seed, n_stored=n_stored)
     study = optuna.load_study(
         storage=mirror,
         study_name=spec.study.name,
-        sampler=sample_with(spec.search.sampler, study_seed=spec.study.seed, n_stored=n_stored),
-        pruner=prune_with(spec.search.pruner, epochs=spec.training.epochs),
+        sampler=SearchSampler(sampler),
+        pruner=make_study_pruner(spec.search.pruner, epochs=spec.training.epochs),
     )
     return StoredStudy(study=study, spec=spec, facts=facts, mirror=mirror)
 

@@ -61,6 +61,7 @@ def _check_facts(values: dict[str, Any]) -> None:
     """
     kinds = {"split_counts": int, "group_counts": int, "weights": str, "preprocessing": dict, "versions": str}
     leaves = [(each, kind) for name, kind in kinds.items() for each in values[name].values()]
+    leaves.append((values.get("max_folds", 0), int))
     leaves += [(each, str) for each in (*values["classes"], values["data_hash"], values["splits"])]
     if not all(isinstance(value, kind) for value, kind in leaves):
         raise TypeError("facts of another kind")

@@ -119,6 +119,10 @@ class TrialBook:
         """Return how many trials count: COMPLETE and PRUNED ones of the whole study, the screen's left out."""
         return self._n_finished
 
+    def count_confirming(self) -> int:
+        """Return how many running trials confirm others."""
+        return sum(isinstance(trial, ConfirmingTrial) for trial in self._running.values())
+
     def count_running(self) -> int:
         """Return how many trials were asked and not told, the screen's left out."""
         return sum(isinstance(trial, Trial) for trial in self._running.values()) - len(self._running_screen)
@@ -214,15 +218,21 @@ class TrialBook:
         """Number and value of the best completed trial, as ``find_best`` picks it."""
         return self._best
 
+    def list_unfinished(self, numbers: Iterable[int]) -> list[int]:
+        """Return those running trials that have epochs to come."""
+        return [number for number in numbers if not self._is_at_end(number)]
+
+    def _is_at_end(self, number: int) -> bool:
+        last = self._epochs[number][-1] if self._epochs[number] else None
+        n_repeats = max(1, len(self._repeats[number]))
+        return last is not None and (last.epoch, last.repeat + 1) == (self._spec.training.epochs, n_repeats)
+
     def list_final_values(self, numbers: Iterable[int]) -> dict[int, float]:
         """Return the values of those running trials of the search that have just finished their last epoch."""
         return {
-            number: average(epochs, self._spec.study.objective)
+            number: average(self._epochs[number], self._spec.study.objective)
             for number in numbers
-            if (epochs := self._epochs[number])
-            and isinstance(self._running[number], Trial)
-            and epochs[-1].epoch == self._spec.training.epochs
-            and epochs[-1].repeat + 1 >= len(self._repeats[number])
+            if isinstance(self._running[number], Trial) and self._is_at_end(number)
         }
 
     def find_new_best(self, values: Mapping[int, float]) -> int | None:

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from tuner.errors import StudyError
 from tuner.search.confirmation import read_confirmation
 from tuner.search.distributions import Point, list_values, project_value, resolve_unfrozen_layers
-from tuner.search.studies import find_best, load_stored, read_params
+from tuner.search.studies import find_best, list_names, load_stored, read_params
 from tuner.search.study_facts import explain_damage
 from tuner.spec.sections import StudySpec
 from tuner.spec.space import IntRange
@@ -33,11 +33,15 @@ class WarmRecipe:
 def read_warm_recipes(storage: RDBStorage, spec: StudySpec) -> list[WarmRecipe]:
     """Return the best recipe of each earlier study that the study file names, and where it comes from.
 
+    Nothing for a study that has begun: its earlier studies may be gone.
+
     Raises:
         StudyError: If one of them is not in the storage, is this study, or has no completed trial.
     """
+    if spec.warm_start is None or _has_begun(storage, spec.study.name):
+        return []
     found = []
-    for name in spec.warm_start.studies if spec.warm_start else ():
+    for name in spec.warm_start.studies:
         if name == spec.study.name:
             raise StudyError(f"warm_start.studies: must name earlier studies, got {name!r}, which is this one")
         stored = load_stored(storage, name)
@@ -46,6 +50,12 @@ def read_warm_recipes(storage: RDBStorage, spec: StudySpec) -> list[WarmRecipe]:
             raise StudyError(f"warm_start.studies: must have completed trials, got none in {name!r}")
         found.append(WarmRecipe(recipe=read_params(trial), study=name, trial=trial.number))
     return found
+
+
+def _has_begun(storage: RDBStorage, name: str) -> bool:
+    return name in list_names(storage) and bool(
+        optuna.load_study(storage=storage, study_name=name).get_trials(deepcopy=False)
+    )
 
 
 def project_recipe(

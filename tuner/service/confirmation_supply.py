@@ -44,7 +44,7 @@ class ConfirmationSupply:
     @property
     def n_done(self) -> int:
         """Trainings that are over."""
-        return self.n_wanted - self.n_missing - len(self._book.running_numbers)
+        return self.n_wanted - self.n_missing - self._book.count_confirming()
 
     @property
     def n_missing(self) -> int:

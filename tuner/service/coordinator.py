@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from optuna.storages import RDBStorage
 
-from tuner.errors import EXIT_SIGTERM, ModelError, StorageBusyError, StorageError, StudyError
+from tuner.errors import EXIT_SIGTERM, StorageBusyError, StorageError, StudyError
 from tuner.search.confirmation import DEFAULT_SEEDS, DEFAULT_TOP
 from tuner.search.patience import ATTEMPT_SECONDS, Patience
 from tuner.search.storage import (
@@ -31,8 +31,8 @@ from tuner.service.scouting import collect_facts, scout_study
 from tuner.service.search_loop import SearchLoop
 from tuner.service.signals import StopSignals
 from tuner.service.study_run import StudyRun, is_confirmed
+from tuner.spec.own_code import check_code
 from tuner.spec.sections import StudySpec
-from tuner.spec.space import is_users_code
 
 
 def run_study(
@@ -118,12 +118,8 @@ def confirm_study(
     started = time.monotonic()
     with use_storage(url) as opened:
         stored = load_stored(opened, study)  # before the lock: a study that is not there makes no file
-    own = [name for name in stored.spec.backbone_names() if is_users_code(name)]
-    if own and not allow_code:
-        raise ModelError(
-            f"study {study!r}: must have backbones of timm or tuner, got the function {own[0]!r}; "
-            "allow code (--allow-code) only if you trust the study and that function"
-        )
+    for name in stored.spec.backbone_names():
+        check_code(name, allow_code=allow_code, where=f"study {study!r}", kind="study")
     with display or SilentDisplay() as shown, _open_alone(url, study, shown) as opened:
         stored = load_stored(opened, study)
         if find_best(stored.study) is None:

@@ -6,7 +6,12 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
 
-from tuner.search.confirmation import Confirmation, describe_confirmation, read_confirmation
+from tuner.search.confirmation import (
+    Confirmation,
+    count_search_trials,
+    describe_confirmation,
+    read_confirmation,
+)
 from tuner.search.ledger import Ledger, describe_ledger, read_ledger
 from tuner.search.screening import Agreement, describe_agreement, is_screen, measure_agreement
 from tuner.search.studies import StoredStudy, count_states, count_wanted, find_best, read_params
@@ -14,8 +19,8 @@ from tuner.search.study_facts import explain_damage
 from tuner.search.trial_attrs import count_reasons
 from tuner.service.kept_models import model_folder
 from tuner.spec.durations import format_seconds
+from tuner.spec.own_code import is_users_code
 from tuner.spec.printable import as_printable
-from tuner.spec.space import is_users_code
 
 StoppedBy = Literal["done", "timeout", "budget", "sigint", "sigterm"]
 
@@ -61,6 +66,8 @@ class StudyStatus:
     """What training on kept features saved of the frozen backbones' work, over all trials."""
     confirmation: Confirmation | None
     """What training the best few again has shown; None: it has not been done."""
+    n_unconfirmed: int
+    """Trials that completed after the confirmation, or without one."""
     ledger: Ledger
     """What all of it took."""
     stopped_by: StoppedBy = "done"
@@ -91,6 +98,7 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
         agreement = measure_agreement(trials, stored.study.direction)
         saved_seconds = float(sum(trial.user_attrs.get("saved_seconds", 0.0) for trial in trials))
         confirmation, ledger = read_confirmation(stored.study), read_ledger(stored.study)
+        n_unconfirmed = count_search_trials(stored.study) - (confirmation.n_search_trials if confirmation else 0)
     return StudyStatus(
         name=stored.name,
         storage=url,
@@ -105,6 +113,7 @@ def read_status(stored: StoredStudy, url: str, *, stopped_by: StoppedBy = "done"
         screen_agreement=agreement,
         saved_seconds=saved_seconds,
         confirmation=confirmation,
+        n_unconfirmed=n_unconfirmed,
         ledger=ledger,
         stopped_by=stopped_by,
     )
@@ -151,7 +160,10 @@ def describe_status(status: StudyStatus) -> str:
     lines += [f"  {name} = {recipe.get(name, value)}" for name, value in status.best.params.items()]
     if status.model_folder:
         lines.append(f"its model: {status.model_folder}")
-    lines += describe_confirmation(status.confirmation) if status.confirmation else []
+    if status.confirmation:
+        lines += describe_confirmation(status.confirmation)
+        if status.n_unconfirmed:
+            lines.append(f"since then {status.n_unconfirmed} trials have completed, which nothing has confirmed")
     return _join(lines)
 
 

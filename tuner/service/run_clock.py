@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from tuner.search.ledger import RUNS_ATTR, RunCost, read_runs
+from tuner.search.ledger import RUNS_ATTR, RunCost, read_ledger, read_runs
 from tuner.search.studies import StoredStudy
 from tuner.service.slots import Slot, count_devices, count_sharing
 from tuner.spec.durations import Budget, format_seconds, parse_budget
@@ -45,6 +45,7 @@ class RunClock:
         self._started, self._saved = started, -math.inf
         self._began = datetime.now(UTC).isoformat(timespec="seconds")
         self._earlier = read_runs(self._study.user_attrs)
+        self._confirmed = read_ledger(self._study).confirm
         self._build_seconds = 0.0
         self._slots = slots
         self._n_devices = count_devices(slots)
@@ -87,10 +88,18 @@ class RunClock:
     def search_deadline(self) -> Deadline:
         """Return when the search ends, so that the share kept back is left for the confirmation."""
         share = 1 - self._search.confirm_fraction
-        budget, timeout = (
-            self._started + share * (end - self._started) for end in (self._budget_end, self._timeout_end)
+        timeout = self._started + share * (self._timeout_end - self._started)
+        if self._search.budget is None:
+            return Deadline(soft=timeout)
+        budget = parse_budget(self._search.budget)
+        # What earlier runs have taken to confirm is not the search's.
+        searched = _sum_spent(budget, self._earlier) - (
+            self._confirmed if budget.is_of_devices else self._confirmed / self._n_devices
         )
-        return Deadline(soft=min(budget, timeout), hard=budget)
+        left = share * budget.seconds - searched
+        end = self._started + (left / self._n_devices if budget.is_of_devices else left)
+        end = min(end, self._budget_end)
+        return Deadline(soft=min(end, timeout), hard=end)
 
     def whole_deadline(self) -> Deadline:
         """Return when all ends."""

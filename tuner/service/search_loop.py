@@ -79,6 +79,7 @@ class SearchLoop:
         self._events: list[Event] = []  # shown once they are stored
         self._best: tuple[int, float] | None = None
         self._stopped: set[int] = set()  # by the end of the budget
+        self._carried: dict[int, float] = {}  # device-seconds of trials that were given back
         self._failures = FailureCount(self._spec.study.name)
 
     @property
@@ -96,9 +97,20 @@ class SearchLoop:
         try:
             yield
         finally:
-            for number in self._book.running_numbers:
-                self._book.tell(number, _INTERRUPTED)
-            self._book.flush()
+            self.interrupt_running()
+
+    def interrupt_running(self) -> None:
+        """End what was asked and has not ended, with what it has taken so far."""
+        costs = dict(self._carried)
+        for worker_number, job in self._busy.items():
+            if isinstance(job, Training):
+                job.charge()
+                worker = self._pool.workers.get(worker_number)
+                slot = worker.slot if worker else None
+                costs |= {number: self._clock.weigh(slot, job.spent.get(number, 0.0)) for number in job.members}
+        for number in self._book.running_numbers:
+            self._book.tell(number, _INTERRUPTED, device_seconds=costs.get(number, 0.0))
+        self._book.flush()
 
     def serve(self, supply: Supply | ConfirmationSupply, end: Deadline) -> None:
         """Give workers what a supply has, until it is dry and they are done.
@@ -107,6 +119,7 @@ class SearchLoop:
             SearchError: If five trials fail in a row.
         """
         self._supply, self._end = supply, end
+        self._failures = FailureCount(self._spec.study.name)
         self._display.show(Counted(n_done=supply.n_done, n_trials=supply.n_wanted))
         while self._dispatch():
             self._listen()
@@ -231,7 +244,9 @@ class SearchLoop:
 
     def _start_clock(self, worker: Worker) -> None:
         job, limit = self._busy.get(worker.number), self._spec.search.trial_timeout
-        if isinstance(job, Training) and limit is not None:
+        # A confirmation trains on images what the search may have trained in seconds on features.
+        is_limited = limit is not None and not isinstance(self._supply, ConfirmationSupply)
+        if isinstance(job, Training) and limit is not None and is_limited:
             job.deadline = self._pool.watched_seconds + limit
 
     def _judge(self, worker: Worker, done: EpochDone) -> None:
@@ -242,7 +257,7 @@ class SearchLoop:
         values = {number: result.objective_value(objective) for number, result in done.results}
         finals = self._book.list_final_values(values)
         best = self._book.find_new_best(finals) if finals else None
-        if self._end.is_over and (cut := tuple(number for number in values if number not in {*finals, *stop})):
+        if self._end.is_over and (cut := tuple(self._book.list_unfinished(set(values) - set(stop)))):
             self._stopped.update(cut)
             stop += cut
         worker.send(Verdict(stop=stop) if best is None else self._files.ask_to_keep(best, finals[best]))
@@ -267,7 +282,7 @@ class SearchLoop:
         job = self._busy[worker.number]
         assert isinstance(job, Training)  # noqa: S101 - only a training worker speaks of trials
         job.charge()
-        return self._clock.weigh(worker.slot, job.spent.get(number, 0.0))
+        return self._clock.weigh(worker.slot, job.spent.get(number, 0.0)) + self._carried.pop(number, 0.0)
 
     def _release(self, worker: Worker, numbers: tuple[int, ...]) -> tuple[tuple[int, TrialParams], ...]:
         """Take trials from a worker, which is idle after its last; return their numbers and recipes."""
@@ -280,6 +295,8 @@ class SearchLoop:
         return members
 
     def _take_back(self, worker: Worker, reply: GivenBack) -> None:
+        for number in reply.numbers:
+            self._carried[number] = self._take_cost(worker, number)
         members = self._release(worker, reply.numbers)
         self._supply.take_back(members, is_lasting=reply.is_lasting)
         self._events.append(Noted(text=f"{reply.backbone}: its heads train on images, not on features: {reply.reason}"))

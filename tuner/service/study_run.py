@@ -5,8 +5,11 @@ from typing import Literal
 from tuner.errors import SearchError
 from tuner.search.confirmation import (
     CONFIRMATION_ATTR,
+    DEFAULT_SEEDS,
+    DEFAULT_TOP,
     choose_candidates,
     count_search_trials,
+    list_missing,
     read_confirmation,
     summarise,
 )
@@ -47,8 +50,12 @@ class StudyRun:
             supply = Supply(self._book, n_trials=self._stored.spec.search.n_trials, deadline=deadline.soft)
             self._loop.serve(supply, deadline)
             self._note_end(deadline, is_short=supply.is_late and supply.n_missing > 0)
+            self._loop.interrupt_running()  # asked ahead, and never begun
             if self._stored.spec.search.confirm_fraction > 0 and self._loop.stop_signal is None:
-                self._confirm(self._clock.whole_deadline(), top=top, n_seeds=n_seeds)
+                try:
+                    self._confirm(self._clock.whole_deadline(), top=top, n_seeds=n_seeds)
+                except SearchError as error:  # the search is whole all the same
+                    self._display.show(Noted(text=f"nothing is confirmed: {error}"))
         return self._conclude()
 
     def confirm(self, *, top: int, n_seeds: int) -> StudyStatus:
@@ -66,10 +73,12 @@ class StudyRun:
         supply = ConfirmationSupply(self._stored, self._book, candidates, n_seeds=n_seeds, deadline=deadline.soft)
         self._loop.serve(supply, deadline)
         self._note_end(deadline, is_short=supply.is_late and supply.n_missing > 0)
+        if self._loop.stop_signal is not None:
+            return  # what is there goes on next time
         found = summarise(self._stored, candidates, n_seeds)
         if found is not None:
             self._stored.study.set_user_attr(CONFIRMATION_ATTR, found.to_json())
-        elif self._loop.stop_signal is None:
+        else:
             text = "nothing is confirmed: the time kept back was too short, or its trainings failed"
             self._display.show(Noted(text=f"{text}; 'tuner confirm' goes on"))
 
@@ -91,8 +100,10 @@ class StudyRun:
 
 
 def is_confirmed(stored: StoredStudy) -> bool:
-    """Whether the study file asks for no confirmation, or all completed trials were there when it was made."""
+    """Whether the study file asks for no confirmation, or all that it takes has been trained and summed up."""
     if stored.spec.search.confirm_fraction == 0:
         return True
     found = read_confirmation(stored.study)
-    return found is not None and found.n_search_trials == count_search_trials(stored.study)
+    is_current = found is not None and found.n_search_trials == count_search_trials(stored.study)
+    candidates = choose_candidates(stored.study, DEFAULT_TOP)
+    return is_current and not list_missing(stored.study, candidates, DEFAULT_SEEDS)

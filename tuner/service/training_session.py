@@ -149,7 +149,8 @@ class TrainingSession:
         kept = False
         for which, repeat in enumerate(repeats):
             job = self._make_job(replace(params, seed=repeat.seed), repeat)
-            self._coordinator.send(Started())
+            if which == 0:
+                self._coordinator.send(Started())  # the time of a trial is that of all its trainings
             for result, scores in train_epochs(job):
                 done = EpochDone(results=((number, replace(result, repeat=which)),))
                 verdict = self._coordinator.ask_verdict(done)

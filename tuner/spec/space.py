@@ -223,8 +223,3 @@ def describe(distribution: Distribution) -> str:
             text = f"[{distribution.low}, {distribution.high}]"
             text += " log" if distribution.log else ""
             return text + (f" step {distribution.step:g}" if distribution.step not in {None, 1} else "")
-
-
-def is_users_code(backbone: str) -> bool:
-    """Whether a backbone's name is that of a user's function, ``package.module:function``."""
-    return ":" in backbone and not backbone.startswith("tuner:")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tuner.errors import ExportError, ModelError
-from tuner.models.backbone import Preprocessing, create_backbone, is_own
+from tuner.models.backbone import Preprocessing, create_backbone
 from tuner.models.weights import apply_state
+from tuner.spec.own_code import check_code, is_users_code
 from tuner.spec.sections import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, BackboneSection
 from tuner.trial import TrialParams
 
@@ -58,7 +59,7 @@ class Manifest:
     @property
     def needs_code(self) -> bool:
         """Whether the backbone is a user's function, so that loading the model runs code from outside the folder."""
-        return is_own(self.backbone)
+        return is_users_code(self.backbone)
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as a JSON object."""
@@ -153,11 +154,7 @@ def read_package(folder: Path, *, allow_code: bool = False) -> tuple[nn.Module, 
         ModelError: If it is broken, or would run code that was not allowed.
     """
     manifest = read_manifest(folder)
-    if manifest.needs_code and not allow_code:
-        raise ModelError(
-            f"{folder}: must have a backbone of timm or tuner, got the function {manifest.backbone!r}; "
-            "allow code only if you trust the folder and that function"
-        )
+    check_code(manifest.backbone, allow_code=allow_code, where=str(folder), kind="folder")
     path = folder / WEIGHTS_NAME
     try:
         state = load_file(path)

@@ -22,10 +22,11 @@ from tuner.data.index import ImageIndex, Split
 from tuner.data.sources import read_index
 from tuner.data.splits import cut_splits, hash_data, search_rows
 from tuner.errors import DataError, DeviceError, ModelError, StorageError
-from tuner.models.backbone import Preprocessing, create_backbone, is_own, read_preprocessing
+from tuner.models.backbone import Preprocessing, create_backbone, read_preprocessing
 from tuner.models.layers import group_layers
 from tuner.models.weights import find_weights, load_weights
 from tuner.paths import cache_root, replacing
+from tuner.spec.own_code import is_users_code
 from tuner.spec.sections import BackboneSection, PretrainingSection, StudySpec
 from tuner.spec.space import PARAMETERS
 from tuner.training.device import is_out_of_memory, seed_everything
@@ -219,7 +220,7 @@ def _train_model(
         if is_out_of_memory(error):
             batch_size = plan.pretraining.batch_size
             raise DeviceError(f"pretraining.batch_size: must fit the memory, got {batch_size} ({error})") from error
-        if is_own(plan.name):
+        if is_users_code(plan.name):
             what = f"must train without an error, got {type(error).__name__}: {error}"
             raise ModelError(f"space.backbone: '{plan.name}' {what}") from error
         raise

@@ -7,13 +7,13 @@ from torch import nn
 
 from tuner.errors import ModelError
 from tuner.models.backbone import (
-    SMALL_CNN,
     Preprocessing,
     check_forward,
     create_backbone,
     find_classifiers,
     read_preprocessing,
 )
+from tuner.spec.own_code import SMALL_CNN
 from tuner.spec.sections import BackboneSection
 
 OWN_MODULE = """

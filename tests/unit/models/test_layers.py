@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tuner.errors import ModelError
-from tuner.models.backbone import SMALL_CNN, create_backbone, find_classifiers
+from tuner.models.backbone import create_backbone, find_classifiers
 from tuner.models.layers import freeze_layers, group_layers
+from tuner.spec.own_code import SMALL_CNN
 from tuner.spec.sections import BackboneSection
 
 FAMILIES = (

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from tuner.errors import ModelError
-from tuner.models.backbone import SMALL_CNN, create_backbone, find_classifiers
+from tuner.models.backbone import create_backbone, find_classifiers
 from tuner.models.weights import apply_state, find_weights, load_state_file, load_weights
+from tuner.spec.own_code import SMALL_CNN
 from tuner.spec.sections import BackboneSection
 
 NAME = "test_resnet"

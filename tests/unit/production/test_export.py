@@ -194,7 +194,7 @@ def test_what_is_not_timms_is_refused_by_its_formats(tmp_path: Path, form: str, 
 
 def test_code_is_run_only_if_it_is_allowed(tmp_path: Path) -> None:
     """A model folder of a stranger's imports nothing."""
-    with pytest.raises(ModelError, match="allow code only if you trust"):
+    with pytest.raises(ModelError, match=r"allow code \(--allow-code\) only if you trust"):
         export(tmp_path, "torch", backbone=OWN)
 
 

@@ -1,5 +1,6 @@
 """Confirmation in a real book: what is trained again, that it counts for nothing else, and what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
 from .builders import COMPLETE, make_epoch, make_facts, make_spec, make_storage, run_trial
 
 LOST = TrialOutcome(state=TrialState.FAIL, reason=Reason.WORKER_LOST, message="killed by signal 9")
+INTERRUPTED = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the run was stopped")
 DIVERGED = TrialOutcome(state=TrialState.PRUNED, reason=Reason.DIVERGED, message="training loss is nan")
 VALUES = (0.5, 0.9, 0.7, 0.8)
 N_SEEDS = 2
@@ -90,7 +92,7 @@ def test_confirming_trials_count_for_nothing_else(tmp_path: Path) -> None:
 
 
 def test_missing_trainings_are_those_of_the_best_first(tmp_path: Path) -> None:
-    """What runs, ended, or diverged is not missing; what was lost is, three times."""
+    """What runs, ended, or diverged is not missing; what was lost is, three times, and interruptions do not count."""
     stored, book = open_searched(tmp_path)
     wanted = [Wanted(trial=trial, seed=seed) for trial in (1, 3) for seed in range(N_SEEDS)]
     assert list_missing(stored.study, (1, 3), N_SEEDS) == wanted
@@ -98,8 +100,8 @@ def test_missing_trainings_are_those_of_the_best_first(tmp_path: Path) -> None:
     confirm(book, 1, 1, 0.0, DIVERGED)
     book.ask_confirmation(wanted[2], n_folds=10)
     assert list_missing(stored.study, (1, 3), N_SEEDS) == wanted[3:]
-    for n_left in (1, 1, 0):
-        confirm(book, 3, 1, 0.0, LOST)
+    for outcome, n_left in ((LOST, 1), *((INTERRUPTED, 1),) * 5, (LOST, 1), (LOST, 0)):
+        confirm(book, 3, 1, 0.0, outcome)
         assert len(list_missing(stored.study, (1, 3), N_SEEDS)) == n_left
 
 
@@ -135,6 +137,43 @@ def test_summary_ranks_by_the_mean_and_puts_failures_last(tmp_path: Path) -> Non
     assert "confirmed: trial 3, val_accuracy 0.8700 ± 0.0141 (2 fresh seeds on 10 fresh folds)" in text
     assert "the search said 0.8000, +0.0700" in text
     assert "3. trial 2: 0.9900 ± 0.0000, in the search 0.7000, 1 seeds failed" in text
+
+
+def test_summary_waits_for_what_still_runs(tmp_path: Path) -> None:
+    """A training that has not ended is no failure of its recipe."""
+    stored, book = open_searched(tmp_path)
+    confirm(book, 1, 0, 0.9)
+    book.ask_confirmation(Wanted(trial=1, seed=1), n_folds=10)
+    assert summarise(stored, (1,), N_SEEDS) is None
+
+
+def test_each_seed_is_compared_with_itself(tmp_path: Path) -> None:
+    """A recipe of which another seed failed has no part in the prediction; the card names the seeds that completed."""
+    stored, book = open_searched(tmp_path)
+    for trial, values in {1: (None, 0.91, 0.92), 3: (0.5, None, 0.6)}.items():
+        for seed, value in enumerate(values):
+            confirm(book, trial, seed, value or 0.0, COMPLETE if value else DIVERGED)
+    found = summarise(stored, (1, 3), 3)
+    assert found is not None
+    assert (found.winner.trial, found.winner.seeds) == (1, (1, 2))
+    assert found.prediction.accuracy == pytest.approx(0.915)
+
+
+def test_samplers_and_pruners_see_no_confirmation(tmp_path: Path) -> None:
+    """The same points are proposed with and without them, and none of them starts the pruner."""
+    proposed = []
+    for name, confirms in (("without", False), ("with", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        sections: dict[str, Any] = {"search": {"sampler": "tpe", "pruner": "median", "n_trials": 40}}
+        _, book = open_searched(folder, **sections)
+        for value in (0.6, 0.4, 0.3, 0.55, 0.2, 0.45, 0.35):
+            run_trial(book, (value, value, value))
+        for seed in range(8 if confirms else 0):
+            confirm(book, 1, seed, 0.99)
+        asked = [book.ask() for _ in range(3)]
+        proposed.append([replace(trial[1], seed=0) for trial in asked if trial is not None])
+    assert proposed[0] == proposed[1]
 
 
 def test_summary_follows_the_direction(tmp_path: Path) -> None:

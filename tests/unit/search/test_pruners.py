@@ -13,7 +13,7 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
 )
 
-from tuner.search.pruners import PRUNERS, make_pruner, make_screened_pruner
+from tuner.search.pruners import PRUNERS, make_pruner, make_study_pruner
 from tuner.search.trial_attrs import SCREEN_ATTR
 from tuner.spec.sections import SearchSection
 
@@ -103,7 +103,7 @@ def make_screened_study(pruner: BasePruner) -> optuna.Study:
 def test_screened_pruner_spares_a_deeper_trial_that_begins_below_the_heads(name: str) -> None:
     """Without it the first deeper trial would be pruned at once, and no deeper trial could ever complete."""
     pruned = []
-    for make in (make_pruner, make_screened_pruner):
+    for make in (make_pruner, make_study_pruner):
         trial = make_screened_study(make(name, epochs=10)).ask()
         for epoch in range(1, 6):
             trial.report(0.1 * epoch, epoch)
@@ -113,7 +113,7 @@ def test_screened_pruner_spares_a_deeper_trial_that_begins_below_the_heads(name:
 
 def test_screened_pruner_still_compares_deeper_trials() -> None:
     """It is blind to the screen alone."""
-    study = make_screened_study(make_screened_pruner("median", epochs=10))
+    study = make_screened_study(make_study_pruner("median", epochs=10))
     for value in (0.7, 0.72, 0.74, 0.76, 0.78):
         trial = study.ask()
         for epoch in range(1, 11):
@@ -128,4 +128,4 @@ def test_screened_pruner_still_compares_deeper_trials() -> None:
 @pytest.mark.parametrize("name", ["asha", "hyperband", "none"])
 def test_screened_pruner_leaves_pruners_of_rungs_as_they_are(name: str) -> None:
     """A trial that is never asked about takes no rung."""
-    assert type(make_screened_pruner(name, epochs=10)) is type(make_pruner(name, epochs=10))
+    assert type(make_study_pruner(name, epochs=10)) is type(make_pruner(name, epochs=10))

@@ -2,12 +2,13 @@
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests.unit.search.builders import make_facts, make_spec, make_storage
-from tuner.search.ledger import read_ledger
+from tuner.search.ledger import RUNS_ATTR, RunCost, read_ledger
 from tuner.search.studies import StoredStudy, open_study
 from tuner.service.run_clock import RunClock, is_budget_spent
 from tuner.service.slots import Slot
@@ -56,6 +57,16 @@ def test_wall_time_is_not_shared(tmp_path: Path) -> None:
     assert clock.whole_deadline().is_over
     clock.save()
     assert is_budget_spent(stored)
+
+
+def test_share_kept_back_is_not_divided_again(tmp_path: Path) -> None:
+    """A run that goes on near the budget's end leaves the confirmation what the first one promised."""
+    stored = open_with(tmp_path, budget="10h", confirm_fraction=0.2)
+    earlier = RunCost(started="", wall_seconds=8.5 * 3600, n_devices=4, build_seconds=0.0)
+    stored.study.set_user_attr(RUNS_ATTR, [asdict(earlier)])
+    clock = RunClock(stored, CPU, started=time.monotonic())
+    assert clock.search_deadline().is_over
+    assert clock.whole_deadline().hard == pytest.approx(time.monotonic() + 1.5 * 3600, abs=5)
 
 
 def test_timeout_is_soft_and_a_budget_is_hard(tmp_path: Path) -> None:
