@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tuner.errors import DataError, ExportError
-from tuner.production.locked_test import Announce, TestScores, look_at_test, open_test
+from tuner.production.locked_test import Announce, LookAtTest, look_at_test, open_test
 from tuner.production.machine import choose_device, find_own_code, using_cores
 from tuner.production.stored_recipe import StoredRecipe, read_data, read_recipe
 from tuner.production.train_result import METRICS_NAME, add_test_pictures
@@ -22,7 +22,7 @@ class Evaluation:
     study: str
     classes: tuple[str, ...]
     """In the order of the model's outputs."""
-    test: TestScores
+    test: LookAtTest
 
     def to_json(self) -> dict[str, Any]:
         """Return the evaluation as a JSON object."""

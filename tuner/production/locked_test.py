@@ -28,7 +28,7 @@ Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestScores:
+class LookAtTest:
     """What one look at test showed."""
 
     scores: Scores
@@ -111,7 +111,7 @@ def look_at_test(
     batch_size: int,
     device: torch.device,
     announce: Announce,
-) -> TestScores:
+) -> LookAtTest:
     """Evaluate models on test; the look is recorded first, so that no number is seen unrecorded.
 
     Args:
@@ -136,7 +136,7 @@ def look_at_test(
             predict_logits(model.to(device), images, preprocessing, device, batch_size=batch_size) for model in models
         ]
     scores = [score_logits(each, labels) for each in logits]
-    return TestScores(
+    return LookAtTest(
         scores=scores[0],
         accuracies=tuple(each.accuracy for each in scores),
         temperature=temperature,

@@ -18,7 +18,7 @@ from tuner.errors import ExportError, ModelError
 from tuner.production.calibration import fit_temperature
 from tuner.production.locked_test import (
     Announce,
-    TestScores,
+    LookAtTest,
     compare_with_test,
     load_images,
     look_at_test,
@@ -220,7 +220,7 @@ class _Retraining:
             return None
         return pretrain_backbone(self._params.backbone, self._recipe.spec, self._device, announce_epoch)
 
-    def _look(self, models: list[nn.Module], test: ImageSet, folder: Path, temperature: float) -> TestScores:
+    def _look(self, models: list[nn.Module], test: ImageSet, folder: Path, temperature: float) -> LookAtTest:
         return look_at_test(
             models,
             test,

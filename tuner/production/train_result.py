@@ -13,7 +13,7 @@ from tuner.data.duplicates import Duplicates
 from tuner.production.best import write_toml
 from tuner.production.confusion_picture import draw_confusion
 from tuner.production.evaluate import accuracy_interval, count_images
-from tuner.production.locked_test import TestScores
+from tuner.production.locked_test import LookAtTest
 from tuner.production.model_card import CARD_NAME, CARD_TEXT_NAME, make_card, write_card_text
 from tuner.production.score_pictures import draw_calibration, draw_scores
 from tuner.production.stored_recipe import StoredRecipe
@@ -46,7 +46,7 @@ class TrainResult:
     device: str
     n_threads: int
     versions: dict[str, str]
-    test: TestScores | None
+    test: LookAtTest | None
     """From the one look at test; None without a test split."""
     test_duplicates: Duplicates | None = None
     """Test images that are among those of train and val too; None without a test split."""
@@ -100,7 +100,7 @@ def describe_result(result: TrainResult) -> str:
     return "\n".join(lines[:-1] if confirmed is None else lines)
 
 
-def describe_test(test: TestScores) -> list[str]:
+def describe_test(test: LookAtTest) -> list[str]:
     """Return what a look at test showed, for a person."""
     low, high = accuracy_interval(test.scores)
     interval = f"95 % interval {low:.4f} to {high:.4f}, {count_images(test.scores)} images"
@@ -154,7 +154,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def add_test_pictures(folder: Path, test: TestScores, classes: tuple[str, ...]) -> None:
+def add_test_pictures(folder: Path, test: LookAtTest, classes: tuple[str, ...]) -> None:
     """Write what a look at test showed as pictures."""
     confusion = np.array(test.scores.report.confusion_matrix)
     title = f"test accuracy {test.scores.accuracy:.2%}, {count_images(test.scores)} images"
