@@ -45,7 +45,8 @@ class Calibration:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature by which logits are to be divided: that of the least log loss on images held out.
 
-    After Guo et al. 2017, *On Calibration of Modern Neural Networks*.
+    After Guo et al. 2017, *On Calibration of Modern Neural Networks*, with the targets of Platt 1999: where n images are
+    all right, that is no proof of more than ``(n + 1) / (n + 2)``. Without them the temperature would go to 0 there.
 
     Args:
         logits: Float, shape ``(n_images, n_classes)``, at least one image, finite.
@@ -57,9 +58,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
     precise, true = logits.double().cpu(), labels.cpu()
+    n_images, n_classes = precise.shape
+    doubt = n_classes / max(1, n_classes - 1) / (n_images + 2)  # torch leaves a share of it with the true class
 
     def lose(log_temperature: float) -> float:
-        return float(functional.cross_entropy(precise / math.exp(log_temperature), true))
+        return float(functional.cross_entropy(precise / math.exp(log_temperature), true, label_smoothing=doubt))
 
     found = minimize_scalar(lose, bounds=_LOG_TEMPERATURES, method="bounded")
     return math.exp(float(found.x)) if lose(float(found.x)) < lose(0.0) else 1.0

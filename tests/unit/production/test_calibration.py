@@ -29,6 +29,17 @@ def test_temperature_undoes_over_and_underconfidence(overconfidence: float) -> N
         assert before.ece > 0.1
 
 
+def test_perfect_score_is_no_certainty() -> None:
+    """Of images that are all right the mean confidence stays near (n + 1) / (n + 2), whatever the model says."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (180,), generator=generator)
+    logits = torch.randn(180, 5, generator=generator) + 8 * torch.nn.functional.one_hot(labels, 5)
+    assert (logits.argmax(dim=1) == labels).all()
+    for scale in (0.3, 1.0, 10.0):
+        confidence = softmax(logits * scale, fit_temperature(logits * scale, labels)).max(dim=1).values.mean()
+        assert confidence == pytest.approx(181 / 182, abs=0.002)
+
+
 def test_calibration_error_is_what_it_says() -> None:
     """Two bins by hand: three of four right at 0.9, one of two right at 0.6."""
     probabilities = torch.tensor([[0.9, 0.1]] * 4 + [[0.6, 0.4]] * 2, dtype=torch.float64)
