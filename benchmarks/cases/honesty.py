@@ -122,12 +122,12 @@ def run_study_honestly(task: Task, seed: int, folder: Path, *, smoke: bool) -> d
 
     started = time.perf_counter()
     file, url = folder / "study.toml", f"sqlite:///{folder / 'studies.db'}"
-    search = {"n_trials": 6 if smoke else task.n_trials, "confirm_fraction": 0.3}
+    search = {"n_trials": 2 if smoke else task.n_trials, "confirm_fraction": 0.3}
     tables = {
         "study": {"name": "honest", "seed": seed},
         "data": task.data | {"val_fraction": 0.2, "test_fraction": 0.3},
         "space": task.space,
-        "training": task.training,
+        "training": task.training | ({"epochs": 1} if smoke else {}),
         "search": search,
         "workers": {"devices": ["cpu"]},
     } | ({"backbones": task.backbones} if task.backbones else {})

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.__main__ import CASES
 from benchmarks.arms import plain_script
+from benchmarks.cases.honesty import describe_honesty, run_honesty
+from benchmarks.cases.honesty import summarise as honesty_of
 from benchmarks.cases.search_speed import run_search_speed
 from benchmarks.harness import describe, measure
 from benchmarks.search_settings import smoke_settings
@@ -34,6 +36,20 @@ def test_search_speed_runs_its_arms_in_smoke_mode_and_resumes(tmp_path: Path) ->
         assert "refit_best" in run or run["arm"] != "A"
     assert "| S4 | D | 1 |" in describe_summary(result)
     assert run_search_speed(settings)["runs"] == result["runs"]
+
+
+@pytest.mark.slow
+def test_honesty_runs_a_study_in_smoke_mode_and_resumes(tmp_path: Path) -> None:
+    """One study gives every number that is summed up, and a second call has nothing to do."""
+    out = tmp_path / "result.json"
+    result = run_honesty(out, n_studies=1, smoke=True)
+    (study,) = result["studies"]
+    assert study["interval"][0] <= study["confirmed"] <= study["interval"][1]
+    assert set(study["test"]) == {"confirmed", "raw"}
+    assert run_honesty(out, n_studies=1, smoke=True) == result
+    two = {**result, "studies": [study, study]}
+    assert "| all, 2 | " in describe_honesty(two)
+    assert honesty_of(two["studies"])["confirmed_optimism"]["standard_error"] == 0
 
 
 def test_plain_script_stands_alone() -> None:

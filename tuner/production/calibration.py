@@ -45,8 +45,8 @@ class Calibration:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature by which logits are to be divided: that of the least log loss on images held out.
 
-    After Guo et al. 2017, *On Calibration of Modern Neural Networks*, with the targets of Platt 1999: where n images are
-    all right, that is no proof of more than ``(n + 1) / (n + 2)``. Without them the temperature would go to 0 there.
+    After Guo et al. 2017, *On Calibration of Modern Neural Networks*, with the targets of Platt 1999: n images that are
+    all right are no proof of more than ``(n + 1) / (n + 2)``. Without them the temperature would go to 0 there.
 
     Args:
         logits: Float, shape ``(n_images, n_classes)``, at least one image, finite.
