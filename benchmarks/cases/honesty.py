@@ -16,7 +16,8 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -226,9 +227,8 @@ def run_honesty(out: Path, *, n_studies: int, smoke: bool) -> dict[str, Any]:
     if out.exists():
         result = json.loads(out.read_text(encoding="utf-8"))
     done = {(study["task"], study["seed"]) for study in result["studies"]}
-    with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as name, keep_cache_in(Path(name, "cache")):
         folder = Path(name)
-        os.environ["TUNER_CACHE_DIR"] = str(folder / "cache")
         tasks = list_tasks(folder / "images", smoke=smoke)
         for number in range(n_studies):
             seed, position = divmod(number, len(tasks))
@@ -242,6 +242,20 @@ def run_honesty(out: Path, *, n_studies: int, smoke: bool) -> dict[str, Any]:
                 result["summary"] = summarise(result["studies"])
             write_json(out, result)
     return result
+
+
+@contextmanager
+def keep_cache_in(folder: Path) -> Iterator[None]:
+    """Let the cache of this process and its workers lie in a folder."""
+    before = os.environ.get("TUNER_CACHE_DIR")
+    os.environ["TUNER_CACHE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TUNER_CACHE_DIR"]
+        else:
+            os.environ["TUNER_CACHE_DIR"] = before
 
 
 def main(options: argparse.Namespace) -> None:
