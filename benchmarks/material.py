@@ -7,7 +7,10 @@
 
 import json
 import os
+import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,20 @@ class Material:
     horizontal_flip: bool
     backbones: dict[str, dict[str, Any]]
     """``weights`` (a path), ``kwargs``, ``mean`` and ``std`` of each."""
+
+
+@contextmanager
+def empty_cache() -> Iterator[None]:
+    """Give tuner a new cache folder for a block."""
+    before = os.environ.get("TUNER_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="cache_") as folder:
+        os.environ["TUNER_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["TUNER_CACHE_DIR"]
+            if before is not None:
+                os.environ["TUNER_CACHE_DIR"] = before
 
 
 def find_folder(variable: str) -> Path | None:

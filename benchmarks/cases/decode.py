@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.harness import Case
-from benchmarks.material import IMAGES_VARIABLE, find_folder, write_generated
+from benchmarks.material import IMAGES_VARIABLE, empty_cache, find_folder, write_generated
 
 SIZE = 128
 _N_COPIES = 5
@@ -93,20 +93,6 @@ def run_store(_: int, smoke: bool) -> float:
         started = time.perf_counter()
         store = open_all(n_threads=len(os.sched_getaffinity(0)))
         return len(store.rows) / (time.perf_counter() - started)
-
-
-@contextmanager
-def empty_cache() -> Iterator[None]:
-    """Give tuner a new cache folder for a block."""
-    before = os.environ.get("TUNER_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="cache_") as folder:
-        os.environ["TUNER_CACHE_DIR"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["TUNER_CACHE_DIR"]
-            if before is not None:
-                os.environ["TUNER_CACHE_DIR"] = before
 
 
 CASE = Case(

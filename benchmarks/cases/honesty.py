@@ -12,19 +12,17 @@ intervals wider than 1.5 times what the numbers of images alone would give.
 
 import argparse
 import json
-import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.harness import describe_provenance, find_place, write_json
-from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE, find_folder, read_backbones
+from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE, empty_cache, find_folder, read_backbones
 from benchmarks.study_file import write_study_file
 
 NAME = "honesty"
@@ -227,7 +225,7 @@ def run_honesty(out: Path, *, n_studies: int, smoke: bool) -> dict[str, Any]:
     if out.exists():
         result = json.loads(out.read_text(encoding="utf-8"))
     done = {(study["task"], study["seed"]) for study in result["studies"]}
-    with tempfile.TemporaryDirectory(prefix="benchmark_") as name, keep_cache_in(Path(name, "cache")):
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as name, empty_cache():
         folder = Path(name)
         tasks = list_tasks(folder / "images", smoke=smoke)
         for number in range(n_studies):
@@ -242,20 +240,6 @@ def run_honesty(out: Path, *, n_studies: int, smoke: bool) -> dict[str, Any]:
                 result["summary"] = summarise(result["studies"])
             write_json(out, result)
     return result
-
-
-@contextmanager
-def keep_cache_in(folder: Path) -> Iterator[None]:
-    """Let the cache of this process and its workers lie in a folder."""
-    before = os.environ.get("TUNER_CACHE_DIR")
-    os.environ["TUNER_CACHE_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TUNER_CACHE_DIR"]
-        else:
-            os.environ["TUNER_CACHE_DIR"] = before
 
 
 def main(options: argparse.Namespace) -> None:
