@@ -173,14 +173,15 @@ def test_confirm_goes_on_after_a_kill(tmp_path: Path) -> None:
 def test_budget_ends_a_run_within_an_epoch(tmp_path: Path) -> None:
     """Trials that would take minutes are stopped at an epoch's end and queued again; the bill says what was held."""
     place = make_place(tmp_path, backbones=("own:slow",), epochs=2000, n_trials=50)
-    set_keys(place, "search", 'budget = "12s"')
+    set_keys(place, "search", 'budget = "40s"')
     code, output = place.run()
     assert code == 0, output
     assert "stopped by the end of its budget; go on: raise search.budget, then tuner run" in output
     status = read_status(place)
-    assert (status["counts"]["FAIL"], status["counts"]["WAITING"]) == (2, 2)
-    assert status["reasons"] == {"FAIL: interrupted": 2}
-    assert 12 <= status["ledger"]["wall"] < 60
+    n_stopped = status["counts"]["FAIL"]  # of the two that had begun, on a slow machine fewer
+    assert n_stopped == status["counts"]["WAITING"] > 0
+    assert status["reasons"] == {"FAIL: interrupted": n_stopped}
+    assert 40 <= status["ledger"]["wall"] < 100
     code, output = place.run()
     assert code == 0, output
     assert "worker 0" not in output
