@@ -20,7 +20,7 @@ def make_long_place(folder: Path) -> Place:
 def read_curve(place: Place) -> tuple[dict[int, float], list[dict[str, Any]]]:
     """Return what the one complete trial reported, and its epochs without their times."""
     (trial,) = [trial for trial in read_study(place).trials if trial.state.name == "COMPLETE"]
-    timed = {"seconds", "images_per_second"}
+    timed = {"seconds", "val_seconds", "images_per_second"}
     epochs = [{key: value for key, value in epoch.items() if key not in timed} for epoch in trial.user_attrs["epochs"]]
     return trial.intermediate_values, epochs
 
