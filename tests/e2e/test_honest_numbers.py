@@ -102,18 +102,6 @@ def test_verify_trains_from_the_card_alone(place: Place) -> None:
     assert "NOT verified" in output
 
 
-def test_verify_wants_the_images_of_the_card(place: Place) -> None:
-    """Another split is other data: one line, exit code 5, no training."""
-    shutil.copytree(place.folder / "model", place.folder / "other")
-    path = place.folder / "other" / "model_card.json"
-    card = json.loads(path.read_text())
-    card["study_file"]["study"]["seed"] += 1
-    path.write_text(json.dumps(card))
-    code, output = place.call("verify", "other", "--device", "cpu")
-    assert code == 5, output
-    assert "error: data: must be the images of the model card, got other images" in output
-
-
 def test_evaluate_looks_at_test_on_the_record(place: Place) -> None:
     """The same number as the first look, which is told of; predictions agree in every form."""
     code, output = place.call("evaluate", "model", "--out", "looked", "--device", "cpu")

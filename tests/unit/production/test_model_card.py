@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tuner.errors import ExportError, ModelError
+from tuner.errors import DataError, ExportError, ModelError
 from tuner.production.best import best_params
 from tuner.production.model_card import CARD_NAME, read_card, write_card_text
 from tuner.production.retrain import train_best
@@ -121,6 +121,15 @@ def test_forged_card_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "model" / CARD_NAME).write_text(json.dumps(each), encoding="utf-8")
         with pytest.raises(ModelError, match=r"must (be|hold) a model card"):
             verify_folder(tmp_path / "model", device="cpu")
+
+
+def test_verify_wants_the_images_of_the_card(tmp_path: Path) -> None:
+    """Another split is other data, said before anything is trained."""
+    card = train_card(tmp_path)
+    card["study_file"]["study"]["seed"] += 1
+    (tmp_path / "model" / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")
+    with pytest.raises(DataError, match=r"^data: must be the images of the model card, got other images"):
+        verify_folder(tmp_path / "model", device="cpu")
 
 
 def test_names_are_no_markdown(tmp_path: Path) -> None:
