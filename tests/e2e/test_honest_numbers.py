@@ -137,13 +137,19 @@ def test_report_needs_no_network(place: Place) -> None:
 
 
 def test_confirm_goes_on_after_a_kill(tmp_path: Path) -> None:
-    """What was trained before counts, and the search gets no trial from it."""
+    """So it does after Ctrl-C. What was trained before counts, and the search gets no trial from it."""
     place = make_place(tmp_path, backbones=("own:slow",), epochs=2, n_trials=2)
     assert place.run()[0] == 0
     code, output = place.call("confirm", "digits")
     assert code == 6, output
     assert "allow code (--allow-code)" in output
     arguments = ("confirm", "digits", "--seeds", "2", "--workers", "2", "--allow-code")
+    process = place.start(*arguments)
+    wait_until(lambda: place.count_trials("RUNNING") > 0)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert read_status(place)["confirmation"] is None  # of half of the trainings nothing is said
     process = place.start(*arguments)
     wait_until(lambda: place.count_trials("COMPLETE") >= 3)
     process.send_signal(signal.SIGKILL)

@@ -118,7 +118,8 @@ def _tabulate(found: Confirmation) -> str:
 def _tell_test(trained: dict[str, Any] | None, openings: list[dict[str, str]]) -> str:
     looks = _table(("test was looked at", "by"), [(each["time"], each["reason"]) for each in openings])
     if trained is None:
-        return "<p>No model has been trained for production yet: <code>tuner train</code>.</p>"
+        none = "<p>No model has been trained for production yet: <code>tuner train</code>.</p>"
+        return none + (looks if openings else "")
     if trained["test"] is None:
         return (
             f"<p>A model of trial {int(trained['trial'])} was trained; without a test split no number is unbiased.</p>"

@@ -109,6 +109,8 @@ def verify_folder(
     with explain_card(str(folder)):
         low, high = map(float, confirmation["accuracy_interval_95"])
         recorded = [(float(run["accuracy"]), float(run["loss"])) for run in confirmation["runs"]][:n_runs]
+        if not recorded:
+            raise ValueError("confirmation.runs must hold a training, got none")
     with TemporaryDirectory(prefix="tuner-verify-") as name:
         place = Path(name)
         (place / CARD_NAME).write_text(json.dumps(card), encoding="utf-8")

@@ -115,6 +115,7 @@ def test_forged_card_is_one_line(tmp_path: Path) -> None:
         card | {"recipe": {}},
         card | {"study_file": None},
         card | {"confirmation": {"runs": [], "accuracy_interval_95": "wide"}},
+        card | {"confirmation": {"runs": [], "accuracy_interval_95": [0.5, 0.9]}},
         [],
     ]
     for each in forged:
