@@ -61,11 +61,18 @@ def take_batch(
     Returns:
         Pixels in [0, 1], shape ``(n, 3, height, width)``, and labels, int64, shape ``(n,)``.
     """
-    pixels = _gather(images.pixels, rows if images.positions is None else images.positions[rows], device)
-    return pixels.to(dtype).div_(255), _gather(images.labels, rows, device)
+    pixels = gather_rows(images.pixels, rows if images.positions is None else images.positions[rows], device)
+    return pixels.to(dtype).div_(255), gather_rows(images.labels, rows, device)
 
 
-def _gather(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+def gather_rows(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+    """Return some rows of a tensor on the device.
+
+    Args:
+        values: On the device, or on the host.
+        rows: Which ones, int64, where the values are.
+        device: Where the rows are needed.
+    """
     if values.device.type == device.type:
         return values[rows]
     # From the host to CUDA: gathered into pinned memory, so that the copy overlaps with computing. The bytes travel as

@@ -20,7 +20,8 @@ from tuner.training.device import MEMORY_FORMAT, autocast
 
 Head = nn.Linear | nn.Conv2d
 
-_N_TRIED = 8
+N_TRIED = 8
+"""Images on which a backbone's parts are compared with the whole."""
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest difference, over the largest value, of what is computed in a type."""
 
@@ -109,7 +110,7 @@ def compute_features(
     for rows in list_eval_batches(images, device):
         pixels, _ = take_batch(images, rows, device, dtype)
         if view is not None:
-            pixels = _show(view, pixels, images.rows[rows.cpu()])
+            pixels = show_view(view, pixels, images.rows[rows.cpu()])
         out[n_done : n_done + len(rows)] = _compute_batch(model, head, normalise(pixels), device)
         n_done += len(rows)
         if on_progress is not None:
@@ -121,9 +122,13 @@ def sample_features(
     model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, view: View | None = None
 ) -> Tensor:
     """Return the features of the first eight images, as ``compute_features`` does."""
-    few = slice(_N_TRIED)
-    sample = replace(images, pixels=images.pixels[few], labels=images.labels[few], rows=images.rows[few])
-    return compute_features(model, sample, preprocessing, device, view=view)
+    return compute_features(model, take_sample(images), preprocessing, device, view=view)
+
+
+def take_sample(images: ImageSet) -> ImageSet:
+    """Return the first eight images."""
+    few = slice(N_TRIED)
+    return replace(images, pixels=images.pixels[few], labels=images.labels[few], rows=images.rows[few])
 
 
 def agree(found: Tensor, expected: Tensor, device: torch.device) -> bool:
@@ -136,7 +141,14 @@ def agree(found: Tensor, expected: Tensor, device: torch.device) -> bool:
     return bool(difference <= _TOLERANCES[dtype] * expected.abs().max())
 
 
-def _show(view: View, pixels: Tensor, rows: Tensor) -> Tensor:
+def show_view(view: View, pixels: Tensor, rows: Tensor) -> Tensor:
+    """Return images as a view shows them.
+
+    Args:
+        view: Which version.
+        pixels: In [0, 1], shape ``(n, 3, height, width)``.
+        rows: The images' rows in the data index, int64, shape ``(n,)``.
+    """
     draws = draw_view(view.seed, rows, view=view.number, strength=view.strength)
     return augment(pixels, draws, strength=view.strength, horizontal_flip=view.horizontal_flip)
 
@@ -185,9 +197,9 @@ def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing
     freeze_layers(model, 1)
     _check_trained(model, head)
     normalise = build_normaliser(preprocessing, device, find_dtype(model))
-    rows = torch.arange(min(_N_TRIED, len(images.labels)), device=images.labels.device)
+    rows = torch.arange(min(N_TRIED, len(images.labels)), device=images.labels.device)
     inputs = normalise(take_batch(images, rows, device, find_dtype(model))[0])
-    with _keeping_buffers(model):
+    with keeping_buffers(model):
         model.eval()
         features = _compute_batch(model, head, inputs, device)
         parts = [_compute_batch(model, head, part, device) for part in torch.split(inputs, 3)]
@@ -235,7 +247,7 @@ def _check_same(found: object, expected: Tensor, device: torch.device, reason: s
 
 
 @contextmanager
-def _keeping_buffers(model: nn.Module) -> Iterator[None]:
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
     """Put buffers back as they were: a BatchNorm that is not frozen moves its statistics in train mode."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

@@ -11,25 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tuner.data.augment import augment, draw_fresh
 from tuner.data.image_set import ImageSet
-from tuner.data.views import draw_view, find_view
 from tuner.models.backbone import Preprocessing, find_classifiers
 from tuner.models.layers import freeze_layers, group_layers
 from tuner.training.batches import (
-    build_normaliser,
     count_batches,
     find_dtype,
-    predict_logits,
+    gather_rows,
     shuffle_batches,
     start_order,
-    take_batch,
 )
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, MovingParts
-from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything
+from tuner.training.device import MEMORY_FORMAT, seed_everything
 from tuner.training.dropout import draw_kept, start_dropout
+from tuner.training.inputs import Source, find_inputs
 from tuner.training.metrics import Scores, score_logits
 from tuner.training.optimizer import build_optimizer
+from tuner.training.prefix_maps import CachedPrefix
 from tuner.training.schedule import build_schedule
 from tuner.trial import EpochResult, TrialParams
 
@@ -46,6 +44,8 @@ class TrainingJob:
     """None only for ``train_only``."""
     preprocessing: Preprocessing
     device: torch.device
+    cached: CachedPrefix | None = None
+    """What the frozen prefix made of the images, for the epochs and the views of ``params``; None: train on images."""
 
 
 class Diverged(Exception):  # noqa: N818 - the name of what happened to the trial, no mistake of the user or of ours
@@ -110,7 +110,7 @@ def _train_and_validate(
             started = perf_counter()
             train_loss = training.run_epoch(epoch)
             train_seconds = perf_counter() - started
-            scores = _validate(job, val, epoch)
+            scores = _validate(training.inputs.predict(val), val, epoch)
             seconds = perf_counter() - started
             speed = training.n_images / train_seconds
             results.append(
@@ -153,7 +153,15 @@ class _Training:
             generators={"order": self._order, "dropout": self.dropout},
             device=job.device,
         )
-        self._normalise = build_normaliser(job.preprocessing, job.device, self._dtype)
+        source = Source(
+            model=self._model,
+            params=params,
+            train=job.train,
+            preprocessing=job.preprocessing,
+            device=job.device,
+            order=self._order,
+        )
+        self.inputs = find_inputs(source, job.cached)
         self._class_weights = None
         if params.class_weights == "balanced":
             self._class_weights = weigh_classes(job.train.labels, job.train.n_classes).to(job.device, self._dtype)
@@ -163,11 +171,11 @@ class _Training:
     def run_epoch(self, epoch: int) -> float:
         """Train on every image once; return the mean training loss over the images."""
         self._model.train()
-        draws = self._draw_known(epoch)
+        self.inputs.start_epoch(epoch)
         batches = shuffle_batches(self._job.train, self._job.params.batch_size, self._order)
         losses = torch.full((len(batches),), math.nan, device=self._job.device, dtype=self._dtype)
         for step, rows in enumerate(batches):
-            losses[step] = self._take_step(rows, draws)
+            losses[step] = self._take_step(rows)
             # On CUDA, looking at every step's loss would make the host wait; there the epoch's end is soon enough.
             if self._job.device.type == "cpu" and not losses[step].isfinite():
                 break
@@ -176,26 +184,14 @@ class _Training:
             raise diverged
         return average_losses(per_step, [len(rows) for rows in batches])
 
-    def _draw_known(self, epoch: int) -> Tensor | None:
-        """Return the draws of the epoch's view for all training images, where they are; None if there is no view."""
-        if not self._job.params.shows_known_images or (view := find_view(self._job.params, epoch)) is None:
-            return None
-        draws = draw_view(view.seed, self._job.train.rows, view=view.number, strength=view.strength)
-        return draws.to(self._job.train.labels.device)
-
-    def _take_step(self, rows: Tensor, known_draws: Tensor | None) -> Tensor:
+    def _take_step(self, rows: Tensor) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
-        params, device = self._job.params, self._job.device
-        pixels, labels = take_batch(self._job.train, rows, device, self._dtype)
-        if params.augmentation_strength > 0:
-            draws = draw_fresh(len(rows), self._order) if known_draws is None else known_draws[rows]
-            pixels = augment(
-                pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
-            )
-        with autocast(device):
-            logits = self._model(self._normalise(pixels))
+        labels = gather_rows(self._job.train.labels, rows, self._job.device)
         loss = functional.cross_entropy(
-            logits.to(self._dtype), labels, weight=self._class_weights, label_smoothing=params.label_smoothing
+            self.inputs.run(self.inputs.take(rows)).to(self._dtype),
+            labels,
+            weight=self._class_weights,
+            label_smoothing=self._job.params.label_smoothing,
         )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -231,9 +227,8 @@ def average_losses(losses: Sequence[float], n_images: Sequence[int]) -> float:
     return math.fsum(loss * count for loss, count in zip(losses, n_images, strict=True)) / sum(n_images)
 
 
-def _validate(job: TrainingJob, val: ImageSet, epoch: int) -> Scores:
-    logits = predict_logits(job.model, val, job.preprocessing, job.device, batch_size=job.params.batch_size)
-    scores = score_logits(logits, val.labels.to(job.device))
+def _validate(logits: Tensor, val: ImageSet, epoch: int) -> Scores:
+    scores = score_logits(logits, val.labels.to(logits.device))
     if not math.isfinite(scores.loss):
         raise tell_bad_validation(scores.loss, epoch)
     return scores

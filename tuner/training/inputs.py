@@ -1,0 +1,132 @@
+"""What a trial's model is fed, by the batch: images as an epoch shows them, or what its frozen prefix made of them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tuner.data.augment import augment, draw_fresh
+from tuner.data.image_set import ImageSet
+from tuner.data.views import draw_view, find_view
+from tuner.models.backbone import Preprocessing
+from tuner.training.batches import (
+    build_normaliser,
+    find_dtype,
+    gather_rows,
+    list_eval_batches,
+    predict_logits,
+    take_batch,
+)
+from tuner.training.device import autocast
+from tuner.training.prefix_maps import CachedPrefix
+from tuner.trial import TrialParams
+
+
+class Inputs(Protocol):
+    """Where the inputs of a trial's steps come from. Mutable: it knows the epoch."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """Show the training images as an epoch, from 1, does."""
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return what some training images are fed as, on the device."""
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """Return the logits of what ``take`` returned, in the mode that the model is in."""
+
+    def predict(self, val: ImageSet) -> Tensor:
+        """Return the logits of the validation images, in their order, and leave the model in eval mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What both kinds of inputs are made from."""
+
+    model: nn.Module
+    """On the device, frozen as the trial asks."""
+    params: TrialParams
+    train: ImageSet
+    preprocessing: Preprocessing
+    device: torch.device
+    order: torch.Generator
+    """Draws fresh augmentation."""
+
+
+class ImageInputs:
+    """Images through the whole model."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._dtype = find_dtype(source.model)
+        self._normalise = build_normaliser(source.preprocessing, source.device, self._dtype)
+        self._known_draws: Tensor | None = None
+
+    def start_epoch(self, epoch: int) -> None:
+        """Draw the epoch's view for all training images, if the trial knows views."""
+        params, train = self._source.params, self._source.train
+        self._known_draws = None
+        if params.shows_known_images and (view := find_view(params, epoch)) is not None:
+            draws = draw_view(view.seed, train.rows, view=view.number, strength=view.strength)
+            self._known_draws = draws.to(train.labels.device)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return normalised images, augmented as the epoch asks: shape ``(n, 3, height, width)``."""
+        source, params = self._source, self._source.params
+        pixels, _ = take_batch(source.train, rows, source.device, self._dtype)
+        if params.augmentation_strength > 0:
+            draws = draw_fresh(len(rows), source.order) if self._known_draws is None else self._known_draws[rows]
+            pixels = augment(
+                pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
+            )
+        return self._normalise(pixels)
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """Return the logits of images, shape ``(n, n_classes)``."""
+        with autocast(self._source.device):
+            logits: Tensor = self._source.model(inputs)
+        return logits
+
+    def predict(self, val: ImageSet) -> Tensor:
+        """Return the logits of the validation images."""
+        source = self._source
+        return predict_logits(
+            source.model, val, source.preprocessing, source.device, batch_size=source.params.batch_size
+        )
+
+
+class MapInputs:
+    """Kept maps through the suffix alone."""
+
+    def __init__(self, source: Source, cached: CachedPrefix) -> None:
+        self._source, self._cached = source, cached
+        self._dtype = find_dtype(source.model)
+        self._suffix = cached.partition.bind_suffix(source.model)
+        self._maps = cached.val  # until the first epoch starts
+
+    def start_epoch(self, epoch: int) -> None:
+        """Find the maps of the epoch's view, or have them computed."""
+        self._maps = self._cached.train(epoch)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return packed maps: shape ``(n, width)``."""
+        return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """Return the logits of packed maps, shape ``(n, n_classes)``."""
+        with autocast(self._source.device):
+            return self._suffix(inputs)
+
+    def predict(self, val: ImageSet) -> Tensor:
+        """Return the logits of the validation images."""
+        source = self._source
+        source.model.eval()
+        with torch.no_grad():
+            batches = list_eval_batches(val, self._cached.val.device, source.params.batch_size)
+            taken = (gather_rows(self._cached.val, rows.to(self._cached.val.device), source.device) for rows in batches)
+            return torch.cat([self.run(maps).to(self._dtype) for maps in taken])
+
+
+def find_inputs(source: Source, cached: CachedPrefix | None) -> Inputs:
+    """Return the inputs of a trial: of its kept maps if it has any, else of its images."""
+    return ImageInputs(source) if cached is None else MapInputs(source, cached)
