@@ -115,7 +115,7 @@ class Usage:
     """What a trial was trained with besides its recipe, and what that saved."""
 
     features: Literal["none", "computed", "cached"] = "none"
-    """Whether the head was trained on features that this trial's cohort computed or found; none: on images."""
+    """Whether what frozen layers make of the images was computed for the trial or found; none: it trained on images."""
     cohort_size: int = 1
     """Trials that were trained as one when its training began."""
     saved_seconds: float = 0.0

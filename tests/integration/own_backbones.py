@@ -53,3 +53,62 @@ def dropping(num_classes: int) -> nn.Module:
     net.norm = nn.Sequential(net.norm, nn.Dropout(0.5))  # type: ignore[assignment]
     net.fc = nn.Sequential(nn.Dropout(0.3), nn.Linear(8, num_classes))  # type: ignore[assignment]
     return net
+
+
+class Deep(nn.Module):
+    """Two frozen-or-not convolutions with BatchNorm under a linear head."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.middle = nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.fc = nn.Linear(8, num_classes)
+        for parameter in (*self.stem.parameters(), *self.middle.parameters()):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.fc(self.middle(self.stem(images) * FACTOR).mean((2, 3)))
+        return logits
+
+
+class Branching(Deep):
+    """A net whose forward looks at its numbers, so that it cannot be traced."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        return super().forward(images if images.mean() < 1e9 else images * 2)
+
+
+class Drawing(Deep):
+    """A net that adds noise to what its frozen stem makes of images while it trains."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        maps = nn.functional.dropout(self.stem(images), 0.001, training=self.training)
+        logits: Tensor = self.fc(self.middle(maps).mean((2, 3)))
+        return logits
+
+
+def deep(num_classes: int) -> Deep:
+    """Return a net that is the same in every trial, but for its head."""
+    return Deep(num_classes)
+
+
+def branching(num_classes: int) -> Deep:
+    """Return a net that cannot be traced."""
+    return Branching(num_classes)
+
+
+def drawing(num_classes: int) -> Deep:
+    """Return a net that draws random numbers below its cut."""
+    return Drawing(num_classes)
+
+
+def redrawn(num_classes: int) -> Deep:
+    """Return a net whose stem is drawn anew for every trial."""
+    net = Deep(num_classes)
+    for parameter in net.stem.parameters():
+        nn.init.normal_(parameter)
+    return net

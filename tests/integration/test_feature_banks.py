@@ -11,10 +11,10 @@ import torch
 from tests.integration import own_backbones
 from tests.integration.test_head_training import HEAD, OWN, Desk
 from tuner.data.cache import clear_cache
-from tuner.service import feature_banks, messages, training_session
+from tuner.service import messages, open_banks, training_session
 from tuner.service.describing import describe_study
-from tuner.service.feature_banks import choose_closed
 from tuner.service.messages import GivenBack, Reply, Train
+from tuner.service.open_banks import choose_closed
 from tuner.service.study_data import StudyData, read_study_data
 from tuner.service.training_session import TrainingSession
 from tuner.service.workbench import Workbench
@@ -118,7 +118,7 @@ def test_features_that_are_not_kept_are_told_once(tmp_path: Path, monkeypatch: p
 
 def test_features_that_are_not_kept_take_a_share_of_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without room for all of them those used longest ago are let go; mapped ones take none."""
-    monkeypatch.setattr(feature_banks, "_HOST_FRACTION", 0)
+    monkeypatch.setattr(open_banks, "_HOST_FRACTION", 0)
     monkeypatch.setenv("TUNER_CACHE_GB", "0")
     worker = Worker(folder=tmp_path)
     assert [worker.name_use(), worker.name_use()] == ["computed", "computed"]

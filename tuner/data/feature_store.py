@@ -2,10 +2,12 @@
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -24,12 +26,15 @@ _FORMAT = 1
 _MEMORY_FRACTION = 0.25
 """Share of the free memory that a bank may take if it cannot be kept."""
 _GIGABYTE = 1e9
+_N_TIMED_BYTES = 1 << 23
 _verified: set[tuple[int, int, int, int]] = set()
 """Files whose bytes this process has compared with their checksum: device, inode, size and checksum."""
 
-Fill = Callable[[NDArray[np.float32]], None]
-"""Writes every element of the array that it is given, float32, shape ``(n_images, width)``."""
-Accept = Callable[[NDArray[np.float32]], bool]
+Values = NDArray[Any]
+"""Shape ``(n_images, width)``, of the type that was asked for."""
+Fill = Callable[[Values], None]
+"""Writes every element of the array that it is given."""
+Accept = Callable[[Values], bool]
 """Whether features that the cache holds are still what would be computed."""
 
 
@@ -37,8 +42,8 @@ Accept = Callable[[NDArray[np.float32]], bool]
 class FeatureBank:
     """Features of images, one row each."""
 
-    features: NDArray[np.float32]
-    """Shape ``(n_images, width)``; memory-mapped, copy on write, or in memory if it could not be kept. A mapped bank is
+    features: Values
+    """Memory-mapped, copy on write, or in memory if it could not be kept. A mapped bank is
     never evicted, so let go of one that is no longer needed."""
     seconds: float
     """What computing it took when it was computed."""
@@ -54,6 +59,7 @@ class _Job:
     path: Path
     key: Mapping[str, Any]
     shape: tuple[int, int]
+    dtype: np.dtype[Any]
     fill: Fill
     accept: Accept | None
     text: str
@@ -61,7 +67,7 @@ class _Job:
     @property
     def n_bytes(self) -> int:
         """Return the size of the features."""
-        return int(np.prod(self.shape, dtype=object)) * np.dtype(np.float32).itemsize
+        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
 
     @property
     def sidecar(self) -> Path:
@@ -70,7 +76,13 @@ class _Job:
 
 
 def open_bank(
-    key: Mapping[str, Any], *, shape: tuple[int, int], fill: Fill, accept: Accept | None = None, text: str = ""
+    key: Mapping[str, Any],
+    *,
+    shape: tuple[int, int],
+    fill: Fill,
+    accept: Accept | None = None,
+    text: str = "",
+    dtype: type[np.generic] = np.float32,
 ) -> FeatureBank:
     """Return features, from the cache if they are there.
 
@@ -83,14 +95,13 @@ def open_bank(
         fill: Computes them. Called again, for memory, if the disk fails after the first time.
         accept: Asked of features that were there; if it says no, they are made again. None takes them as they are.
         text: What they are, for a person who lists the cache.
+        dtype: Of the features; types that NumPy lacks travel as whole numbers of their size.
 
     Raises:
         StorageError: If ``TUNER_CACHE_GB`` is no number.
         MemoryError: If they cannot be kept and would take more than a quarter of the free memory.
     """
-    name = sha256(json.dumps({"format": _FORMAT, "key": key}, sort_keys=True).encode()).hexdigest()
-    path = cache_root() / "features" / f"{name}.npy"
-    job = _Job(path=path, key=key, shape=shape, fill=fill, accept=accept, text=text)
+    job = _Job(path=_find_path(key), key=key, shape=shape, dtype=np.dtype(dtype), fill=fill, accept=accept, text=text)
     kept = None
     if all(shape):
         with suppress(OSError):  # a cache that cannot be used costs time, never the trial
@@ -100,8 +111,43 @@ def open_bank(
     if job.n_bytes > _MEMORY_FRACTION * available_memory():
         raise MemoryError(f"features of {job.n_bytes / _GIGABYTE:.1f} GB fit neither the cache nor the memory")
     # Not under the lock: those who waited for it compute theirs at the same time.
-    features = np.empty(shape, dtype=np.float32)
+    features = np.empty(shape, dtype=job.dtype)
     return FeatureBank(features=features, seconds=_time_fill(fill, features), was_there=False, is_kept=False)
+
+
+def holds_bank(key: Mapping[str, Any]) -> bool:
+    """Whether the cache seems to hold the features of a key; they may turn out torn or stale when they are opened."""
+    path = _find_path(key)
+    return path.is_file() and path.with_suffix(".json").is_file()
+
+
+@cache
+def time_keeping() -> float:
+    """Return what a byte costs that is written to the cache, checked and read back, in seconds; timed once.
+
+    A cache that cannot be written costs nothing: what it should keep stays in memory.
+    """
+    folder = cache_root() / "features"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            start = time.perf_counter()
+            path = Path(place, "timed.npy")
+            array = create_array(path, np.uint8, (_N_TIMED_BYTES,))
+            array[:] = 1
+            array.flush()
+            del array
+            with path.open("rb") as file:
+                compute_checksum(file)
+                map_array(file, np.uint8, (_N_TIMED_BYTES,)).max()
+            return (time.perf_counter() - start) / _N_TIMED_BYTES
+    except OSError:
+        return 0.0
+
+
+def _find_path(key: Mapping[str, Any]) -> Path:
+    name = sha256(json.dumps({"format": _FORMAT, "key": key}, sort_keys=True).encode()).hexdigest()
+    return cache_root() / "features" / f"{name}.npy"
 
 
 def _find_bank(job: _Job) -> FeatureBank | None:
@@ -115,7 +161,7 @@ def _read_bank(job: _Job) -> FeatureBank | None:
     try:
         facts = json.loads(job.sidecar.read_text(encoding="utf-8"))
         with job.path.open("rb") as file:
-            features = map_array(file, np.float32, job.shape)
+            features = map_array(file, job.dtype, job.shape)
             if not _is_whole(file, facts["checksum"]):
                 return None
         seconds = float(facts["seconds"])
@@ -140,7 +186,7 @@ def _keep_bank(job: _Job) -> FeatureBank | None:
 
 def _build_bank(job: _Job) -> float:
     with replacing(job.path) as temporary:
-        features = create_array(temporary, np.float32, job.shape)
+        features = create_array(temporary, job.dtype, job.shape)
         seconds = _time_fill(job.fill, features)
         features.flush()
         del features
@@ -152,7 +198,7 @@ def _build_bank(job: _Job) -> float:
     return seconds
 
 
-def _time_fill(fill: Fill, features: NDArray[np.float32]) -> float:
+def _time_fill(fill: Fill, features: Values) -> float:
     start = time.perf_counter()
     fill(features)
     return time.perf_counter() - start

@@ -62,6 +62,8 @@ class Train:
     """File that a trial which trains alone goes on from and saves to; empty: none."""
     repeats: tuple[Repeat, ...] = ()
     """Trainings of a trial that trains alone, one after the other; none: one, by the recipe's own seed."""
+    n_sharing: float = 0.0
+    """Further trials that are expected to need what the frozen layers make of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)

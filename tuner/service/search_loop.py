@@ -168,7 +168,7 @@ class SearchLoop:
 
     def _start_trials(self, worker: Worker) -> bool:
         """Start a trial or a cohort; return whether there was one."""
-        batch = self._supply.take(self._list_busy_backbones())
+        batch = self._supply.take(self._list_busy())
         if batch is None:
             return False
         members = dict(batch.members)
@@ -183,6 +183,7 @@ class SearchLoop:
                 uses_features=batch.uses_features,
                 checkpoint=checkpoint,
                 repeats=batch.repeats,
+                n_sharing=batch.n_sharing,
             )
         )
         self._book.place(members, worker.slot.device if worker.slot else "")
@@ -190,9 +191,9 @@ class SearchLoop:
         self._display.show(started)
         return True
 
-    def _list_busy_backbones(self) -> set[str]:
+    def _list_busy(self) -> list[TrialParams]:
         trainings = (job for job in self._busy.values() if isinstance(job, Training))
-        return {params.backbone for job in trainings for params in job.members.values()}
+        return [params for job in trainings for params in job.members.values()]
 
     # --- listen ---
 
@@ -273,7 +274,9 @@ class SearchLoop:
         value = self._book.tell(done.number, outcome, done.usage, device_seconds=self._take_cost(worker, done.number))
         self._announce(worker, done.number, outcome, value)
         self._files.note_end(kept=done.kept)
-        self._release(worker, (done.number,))
+        ((_, params),) = self._release(worker, (done.number,))
+        if done.usage.features != "none" and isinstance(self._supply, Supply):
+            self._supply.mark_warm(params)
         if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
             self._failures.count(origin, done.outcome)
 

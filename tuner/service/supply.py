@@ -62,11 +62,11 @@ class Supply:
         """How many more trials may be asked for."""
         return 0 if self.is_late else self.n_missing - self._book.count_running()
 
-    def take(self, busy_backbones: Collection[str]) -> Batch | None:
+    def take(self, busy: Collection[TrialParams]) -> Batch | None:
         """Return what an idle worker trains; None if there is nothing for it.
 
         Args:
-            busy_backbones: Whose heads other workers train now.
+            busy: What other workers train now.
         """
         if self.is_late:
             return None
@@ -78,7 +78,12 @@ class Supply:
             self._backlog.add(
                 number, params, is_suspect=self._book.is_suspect(number), repeats=self._book.list_repeats(number)
             )
-        return self._backlog.take(_MAX_SCREEN_COHORT if self._book.is_screening else self._max_cohort, busy_backbones)
+        max_cohort = _MAX_SCREEN_COHORT if self._book.is_screening else self._max_cohort
+        return self._backlog.take(max_cohort, busy, n_left=max(0, self._n_startable))
+
+    def mark_warm(self, params: TrialParams) -> None:
+        """Remember that what a trial's frozen layers make of the images is kept now."""
+        self._backlog.mark_warm(params)
 
     def _may_ask(self) -> bool:
         if self._book.queue.next_is_screen:

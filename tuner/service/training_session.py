@@ -16,6 +16,7 @@ from tuner.models.weights import load_weights
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
+from tuner.service.prefix_banks import PrefixBanks, Spending
 from tuner.service.slots import usable_cores
 from tuner.service.study_data import compare_search_splits
 from tuner.service.workbench import Workbench
@@ -24,7 +25,7 @@ from tuner.training.device import release_memory
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.metrics import Scores, pool_scores
 from tuner.training.pretrain import pretrain_backbone
-from tuner.trial import EpochResult, Reason, Repeat, TrialOutcome, TrialParams, TrialState
+from tuner.trial import EpochResult, Reason, Repeat, TrialOutcome, TrialParams, TrialState, Usage
 
 _N_NAMED = 5
 _UNREADABLE_SECONDS = 5.0
@@ -38,6 +39,7 @@ class TrainingSession:
         self._bench, self._spec, self._data = bench, bench.spec, bench.data
         self._coordinator = coordinator
         self._heads = HeadTraining(bench, coordinator)
+        self._prefixes = PrefixBanks(bench, coordinator)
 
     def check_data(self, data_hash: str) -> None:
         """Check that this worker sees the images that the first one described.
@@ -115,7 +117,7 @@ class TrainingSession:
         try:
             if request.repeats:
                 return self._repeat_trial(number, params, request.repeats)
-            return self._run_trial(number, params, request.checkpoint)
+            return self._run_trial(number, params, request)
         except Exception as error:  # a user's backbone may raise anything, and the search goes on
             if comes_from_lost_device(error):
                 raise
@@ -126,10 +128,10 @@ class TrainingSession:
             sleep(_UNREADABLE_SECONDS)
         return TrialDone(number=number, outcome=outcome)
 
-    def _run_trial(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
-        job = self._make_job(params)
+    def _run_trial(self, number: int, params: TrialParams, request: Train) -> TrialDone:
+        job, spending = self._make_cached_job(params, request.n_sharing)
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
-        file = self._find_checkpoint(number, job, checkpoint)
+        file = self._find_checkpoint(number, job, request.checkpoint)
         saved = None if file is None else file.read(job.model)
         if saved is not None and not self._replay(number, saved):
             return TrialDone(number=number, outcome=outcome)
@@ -141,7 +143,19 @@ class TrainingSession:
             if result.epoch == params.epochs:
                 outcome = TrialOutcome(state=TrialState.COMPLETE, report=scores.report)
                 kept = verdict.keep == number and self._bench.keep_model(job.model, params, verdict)
-        return TrialDone(number=number, outcome=outcome, kept=kept)
+        usage = Usage() if spending is None else spending.describe_usage()
+        return TrialDone(number=number, outcome=outcome, kept=kept, usage=usage)
+
+    def _make_cached_job(self, params: TrialParams, n_sharing: float) -> tuple[TrainingJob, Spending | None]:
+        """Return the job of a trial, on kept maps of its frozen layers if that saves time, and what those took."""
+        job = self._make_job(params)
+        found = self._prefixes.find(params, job.model, n_sharing=n_sharing)
+        if found is None:
+            if self._bench.device.type == "cuda":
+                self._prefixes.release_memory()  # a whole model needs the device's memory more
+            return job, None
+        cached, spending = found
+        return replace(job, cached=cached), spending
 
     def _repeat_trial(self, number: int, params: TrialParams, repeats: tuple[Repeat, ...]) -> TrialDone:
         """Train a trial several times; its report is of all validation images together."""
@@ -184,6 +198,7 @@ class TrainingSession:
             "resize": self._spec.data.resize,
             "preprocessing": asdict(job.preprocessing),
             "kwargs": self._bench.section(job.params.backbone).kwargs,
+            "on_maps": job.cached is not None,  # equal but for rounding
         }
         return CheckpointFile(
             Path(checkpoint),

@@ -223,6 +223,8 @@ class WorkersSection(Section):
     """auto: every CUDA device, else CPU; or ["cuda:0", "cuda:1"], "cuda:0", "cpu"."""
     per_device: Annotated[int, _within(1)] = 1
     """Workers that share one CUDA device."""
+    prefix_cache: Literal["auto", "always", "never"] = "auto"
+    """What frozen layers make of known images is kept: auto where it saves time, always where it is exact, or never."""
     stall_limit: Annotated[float, BeforeValidator(parse_duration)] = 300.0
     """Silence after which a worker counts as hanging: it is ended, replaced, and its trial queued again."""
     checkpoint_every: Annotated[float, BeforeValidator(parse_duration)] = 60.0

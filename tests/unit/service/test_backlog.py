@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from tests.unit.service.test_messages import PARAMS
 from tuner.service.backlog import Backlog, Batch
-from tuner.trial import TrialParams
+from tuner.trial import Repeat, TrialParams
 
 HEAD = replace(PARAMS, unfrozen_layers=1, augmentation_strength=0.0)
 
@@ -81,3 +81,42 @@ def test_backlog_trains_what_is_given_back_one_by_one_on_images() -> None:
     backlog.give_back(((4, replace(HEAD, backbone="test_vit")),), uncached_backbone=None)
     backlog.add(5, replace(HEAD, backbone="test_vit"))
     assert [take_numbers(backlog) for _ in range(2)] == [[5], [4]]
+
+
+DEEP = replace(PARAMS, unfrozen_layers=2, augmentation_strength=0.0)
+DEEPER = replace(DEEP, unfrozen_layers=3)
+FRESH = replace(DEEP, augmentation_strength=0.5, views="fresh")
+
+
+def test_backlog_gives_trials_with_kept_maps_first() -> None:
+    """Among those that were asked; then the others in the order in which they were."""
+    backlog = make_backlog(DEEP, FRESH, DEEPER, replace(DEEPER, lr=1.0))
+    backlog.mark_warm(replace(DEEPER, batch_size=8))
+    assert [take_numbers(backlog) for _ in range(4)] == [[2], [3], [0], [1]]
+
+
+def test_backlog_gives_trials_last_whose_maps_another_worker_computes() -> None:
+    """Two workers would wait for one; but rather that than nothing, and what is kept is no reason to wait."""
+    backlog = make_backlog(DEEP, FRESH, DEEPER)
+    assert [batch.members[0][0] for _ in range(2) if (batch := backlog.take(8, [DEEP]))] == [1, 2]
+    batch = backlog.take(8, [DEEP])
+    assert batch is not None
+    assert batch.members[0][0] == 0
+    backlog.add(4, DEEP)
+    backlog.add(5, DEEPER)
+    backlog.mark_warm(DEEP)
+    assert take_numbers(backlog) == [4]
+
+
+def test_backlog_expects_what_comes_to_be_like_what_was_asked() -> None:
+    """Those that wait, and of those to come the share that was asked so far; none for repeats and new images."""
+    backlog = make_backlog(DEEP, DEEP, DEEPER, FRESH)
+    first = backlog.take(8, n_left=10)
+    assert first is not None
+    assert first.n_sharing == 1 + 10 * 2 / 5
+    shares = [batch.n_sharing for _ in range(3) if (batch := backlog.take(8, n_left=10))]
+    assert shares == [10 * 2 / 5, 10 * 1 / 5, 0.0]
+    backlog.add(4, DEEP, repeats=(Repeat(seed=1),))
+    repeated = backlog.take(8, n_left=10)
+    assert repeated is not None
+    assert repeated.n_sharing == 0.0

@@ -12,7 +12,7 @@ from tuner.search.studies import open_study
 from tuner.search.trial_book import TrialBook
 from tuner.service.backlog import Batch
 from tuner.service.supply import Supply
-from tuner.trial import Reason, TrialOutcome, TrialState
+from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
 
 BACKBONES = ("test_resnet", "test_vit")
 SPACE: dict[str, Any] = {
@@ -35,7 +35,7 @@ def open_supply(
     return Supply(book, n_trials=n_trials, deadline=deadline), book
 
 
-def take(supply: Supply, *busy: str) -> Batch:
+def take(supply: Supply, *busy: TrialParams) -> Batch:
     """Return what a worker gets; there must be something."""
     batch = supply.take(busy)
     assert batch is not None
@@ -75,7 +75,7 @@ def test_supply_gives_the_screen_in_cohorts_and_nothing_new_until_it_ends(tmp_pa
     """Then come what it proposes, and what the sampler does."""
     supply, book = open_supply(tmp_path, n_trials=4, screen=3)
     first = take(supply)
-    second = take(supply, first.members[0][1].backbone)
+    second = take(supply, first.members[0][1])
     assert [len(first.members), len(second.members)] == [3, 3]
     assert {batch.members[0][1].backbone for batch in (first, second)} == set(BACKBONES)
     complete(book, first)

@@ -1,0 +1,184 @@
+"""Lone trials on kept maps of their frozen layers: the same trial, computed once, and never where it is not exact."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration import own_backbones
+from tests.integration.test_feature_banks import Worker
+from tests.integration.test_head_training import HEAD, OWN, Desk
+from tuner.data.cache import clear_cache, list_entries
+from tuner.service import prefix_banks
+from tuner.service.messages import EpochDone, Train, Verdict
+from tuner.training.prefix_cost import PrefixCost
+from tuner.trial import TrialParams
+
+DEEP = replace(HEAD, backbone=f"{OWN}:deep", unfrozen_layers=2, epochs=3)
+VIEWS = replace(DEEP, augmentation_strength=0.5, views=2, view_seed=5)
+SLOW = PrefixCost(train_seconds=1.0, eval_seconds=1.0, keep_seconds=0.1, take_seconds=0.1)
+CHEAP = replace(SLOW, train_seconds=0.01, eval_seconds=0.01)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNER_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def start(folder: Path, cache: str = "always", name: str = "deep", desk: Desk | None = None, **tables: Any) -> Worker:
+    """Return a worker of a study on a backbone of the user's own."""
+    workers = {"prefix_cache": cache} | tables
+    return Worker(folder=folder, backbone=f"{OWN}:{name}", tables={"workers": workers}, desk=desk or Desk())
+
+
+def train(worker: Worker, params: TrialParams, number: int = 0, **request: Any) -> str:
+    """Train one recipe; return whether its maps were computed or there, or none."""
+    params = replace(params, backbone=worker.backbone)
+    worker.session.train(Train(data_hash="", members=((number, params),), uses_features=False, **request))
+    end = worker.desk.ends()[number]
+    assert end.outcome.state == "COMPLETE", end.outcome
+    return end.usage.features
+
+
+def list_losses(worker: Worker, number: int = 0) -> list[float]:
+    """Return the losses that a trial showed."""
+    return [loss for each in worker.desk.curve(number) for loss in (each.train_loss, each.val_loss)]
+
+
+@pytest.mark.parametrize("params", [DEEP, VIEWS], ids=["plain", "views"])
+def test_trial_on_kept_maps_is_the_trial_on_images(tmp_path: Path, params: TrialParams) -> None:
+    """Computed, found by another worker, or not kept at all: the same curve."""
+    workers = [start(tmp_path), start(tmp_path), start(tmp_path, "never")]
+    assert [train(worker, params) for worker in workers] == ["computed", "cached", "none"]
+    cold, warm, plain = (list_losses(worker) for worker in workers)
+    assert warm == cold
+    assert warm == pytest.approx(plain, rel=1e-4)
+    assert workers[1].desk.ends()[0].usage.saved_seconds > 0
+    assert len([entry for entry in list_entries() if entry.kind == "features"]) == (3 if params is VIEWS else 2)
+
+
+def test_trials_of_other_recipes_share_maps(tmp_path: Path) -> None:
+    """Learning rate, batch size and seed do not matter to frozen layers; the cut does."""
+    worker = start(tmp_path)
+    assert train(worker, VIEWS) == "computed"
+    assert train(worker, replace(VIEWS, lr=1e-3, batch_size=8, seed=9), 1) == "cached"
+    assert train(worker, replace(VIEWS, epochs=1), 2) == "cached"
+    assert train(worker, replace(VIEWS, unfrozen_layers=1), 3) == "computed"
+
+
+def test_maps_of_code_that_was_edited_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors of a backbone do not tell what its forward does."""
+    assert [train(start(tmp_path), DEEP), train(start(tmp_path), DEEP)] == ["computed", "cached"]
+    monkeypatch.setattr(own_backbones, "FACTOR", 1.01)
+    edited, plain = start(tmp_path), start(tmp_path, "never")
+    assert [train(edited, DEEP), train(plain, DEEP)] == ["computed", "none"]
+    assert list_losses(edited) == pytest.approx(list_losses(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "params", [replace(DEEP, unfrozen_layers=3), replace(DEEP, augmentation_strength=0.5, views="fresh")]
+)
+def test_trial_without_a_known_frozen_part_trains_on_images_unsaid(tmp_path: Path, params: TrialParams) -> None:
+    """All layers train, or every epoch shows new images: nobody is at fault."""
+    worker = start(tmp_path)
+    assert train(worker, params) == "none"
+    assert worker.notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("branching", "its forward pass cannot be traced (TraceError: "),
+        ("drawing", "its frozen part draws random numbers in train mode"),
+        ("redrawn", "its frozen layers are drawn anew for every trial"),
+    ],
+)
+def test_backbone_that_cannot_be_cut_trains_on_images_and_is_told_once(tmp_path: Path, name: str, reason: str) -> None:
+    """Each trial completes as it would without a cache."""
+    worker, plain = start(tmp_path, name=name), start(tmp_path, "never", name=name)
+    assert [train(worker, DEEP), train(worker, DEEP, 1), train(plain, DEEP)] == ["none"] * 3
+    (note,) = worker.notes
+    assert note.startswith(f"{OWN}:{name}, 2 unfrozen layers: its frozen layers are computed in every epoch: {reason}")
+    assert list_losses(worker) == list_losses(plain)
+
+
+@pytest.mark.parametrize(
+    ("cost", "n_sharing", "expected"), [(SLOW, 0.0, "computed"), (CHEAP, 0.0, "none"), (CHEAP, 1e6, "none")]
+)
+def test_maps_are_kept_where_that_pays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cost: PrefixCost, n_sharing: float, expected: str
+) -> None:
+    """By the times that were measured: where fetching maps costs more than the prefix, never."""
+    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: cost)
+    assert train(start(tmp_path, "auto"), DEEP, n_sharing=n_sharing) == expected
+
+
+def test_maps_that_one_trial_does_not_repay_are_kept_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one epoch for each view a trial alone saves nothing; those that come after it do."""
+    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: SLOW)
+    params = replace(VIEWS, epochs=2)
+    assert train(start(tmp_path, "auto"), replace(params, epochs=1)) == "none"
+    assert train(start(tmp_path, "auto"), replace(params, epochs=1), n_sharing=3.0) == "computed"
+
+
+def test_early_cut_is_left_alone_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maps are larger than a few images, save little and fill the cache."""
+    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: SLOW)
+    monkeypatch.setattr(prefix_banks, "_MAX_IMAGES", 0)
+    assert train(start(tmp_path, "auto"), DEEP) == "none"
+    assert train(start(tmp_path, "always"), DEEP) == "computed"
+
+
+def test_maps_without_room_in_the_cache_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker holds them, and says what would help."""
+    monkeypatch.setenv("TUNER_CACHE_GB", "0")
+    worker = start(tmp_path)
+    assert [train(worker, DEEP), train(worker, DEEP, 1)] == ["computed", "cached"]
+    assert [note.partition(":")[0] for note in worker.notes] == [f"maps of {OWN}"]
+
+
+def test_maps_without_room_anywhere_are_computed_in_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the cache nor the memory has room: images serve as well."""
+    monkeypatch.setenv("TUNER_CACHE_GB", "0")
+    monkeypatch.setattr("tuner.data.feature_store._MEMORY_FRACTION", 0)
+    worker = start(tmp_path)
+    assert train(worker, DEEP) == "none"
+    assert worker.notes[0].endswith("its maps take 0.0 GB, more than the cache (TUNER_CACHE_GB) and memory allow")
+
+
+def test_cache_that_is_cleared_during_a_trial_costs_time_alone(tmp_path: Path) -> None:
+    """What is mapped stays; the next view is computed."""
+
+    def clear(_: EpochDone) -> Verdict:
+        clear_cache(["features"])
+        return Verdict()
+
+    worker, plain = start(tmp_path, desk=Desk(answer=clear)), start(tmp_path, "never")
+    assert [train(worker, VIEWS), train(plain, VIEWS)] == ["computed", "none"]
+    assert list_losses(worker) == pytest.approx(list_losses(plain), rel=1e-4)
+
+
+def test_interrupted_trial_goes_on_to_the_same_bits_on_maps(tmp_path: Path) -> None:
+    """Its checkpoint holds the suffix; its maps are found again."""
+    whole = start(tmp_path)
+    train(whole, VIEWS)
+    file = str(tmp_path / "checkpoint")
+
+    class Interruption(Exception):  # noqa: N818
+        pass
+
+    def interrupt(done: EpochDone) -> Verdict:
+        if done.results[0][1].epoch == 3:
+            raise Interruption
+        return Verdict()
+
+    first = start(tmp_path, desk=Desk(answer=interrupt), checkpoint_every="0.001s")
+    with pytest.raises(AssertionError):
+        train(first, VIEWS, checkpoint=file)
+    second = start(tmp_path)
+    assert train(second, VIEWS, 1, checkpoint=file) == "cached"
+    assert "goes on after epoch 2 of trial 0" in second.notes[0]
+    assert list_losses(second, 1) == list_losses(whole)

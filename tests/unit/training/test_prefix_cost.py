@@ -1,0 +1,51 @@
+"""What the cost model predicts from measured times, and what it measures."""
+
+from dataclasses import replace
+
+import torch
+
+from tuner.models.layers import freeze_layers
+from tuner.models.partition import partition_model
+from tuner.training.prefix_cost import Demand, PrefixCost, measure_cost, predict_seconds
+
+from .builders import CPU, PREPROCESSING, SIZE, make_images, make_net
+
+COST = PrefixCost(train_seconds=4.0, eval_seconds=2.0, keep_seconds=0.5, take_seconds=0.25)
+COLD = Demand(n_train=100, n_val=10, epochs=3, n_missing_views=1, lacks_val=True, n_sharing=0.0)
+
+
+def test_predict_seconds_counts_each_image_of_each_epoch() -> None:
+    """Without maps the prefix sees all images in all epochs; with them once, and they are fetched in all epochs."""
+    uncached, cached = predict_seconds(COST, COLD)
+    assert uncached == 3 * (100 * 4.0 + 10 * 2.0)
+    assert cached == (100 + 10) * 2.5 + 3 * 110 * 0.25
+
+
+def test_predict_seconds_of_kept_maps_is_fetching_alone() -> None:
+    """What is there need not be computed."""
+    _, cached = predict_seconds(COST, replace(COLD, n_missing_views=0, lacks_val=False))
+    assert cached == 3 * 110 * 0.25
+
+
+def test_predict_seconds_spreads_the_computing_over_all_that_share_it() -> None:
+    """Three trials that show each view once: computed once, not three times."""
+    alone = replace(COLD, n_missing_views=3, lacks_val=False)
+    uncached, cached = predict_seconds(COST, replace(alone, n_sharing=2.0))
+    assert uncached == 3 * predict_seconds(COST, alone)[0]
+    assert cached == 3 * 100 * 2.5 + 9 * 110 * 0.25
+
+
+def test_measure_cost_sees_that_a_prefix_takes_time() -> None:
+    """Nothing is free, and a prefix that does the same a hundred times more takes longer."""
+    images = make_images()
+    costs = []
+    for repeats in (1, 100):
+        net = make_net()
+        net.stem = torch.nn.Sequential(*[net.stem] * 1, *[torch.nn.Conv2d(4, 4, 3, padding=1)] * (repeats - 1))
+        freeze_layers(net, 2)
+        partition = partition_model(net, torch.zeros(3, 3, SIZE, SIZE))
+        cost = measure_cost(net, partition, images, PREPROCESSING, CPU, batch_size=16, view=None)
+        assert all(seconds > 0 for seconds in vars(cost).values())
+        costs.append(cost)
+    assert costs[1].train_seconds > costs[0].train_seconds
+    assert costs[1].eval_seconds > costs[0].eval_seconds

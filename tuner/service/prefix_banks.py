@@ -1,0 +1,241 @@
+"""What lone trials train on in a worker, if that saves time: maps of the frozen prefix, computed once and kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from tuner.data.feature_store import FeatureBank
+from tuner.data.image_set import ImageSet
+from tuner.data.views import View, find_view
+from tuner.models.layers import freeze_layers
+from tuner.models.partition import NotSeparable, Partition, partition_model
+from tuner.service.messages import Coordinator
+from tuner.service.open_banks import BankRequest, OpenBanks
+from tuner.service.workbench import Workbench
+from tuner.training.batches import build_normaliser, find_dtype, take_batch
+from tuner.training.device import MEMORY_FORMAT
+from tuner.training.head_features import N_TRIED, NotCacheable, agree, take_sample
+from tuner.training.prefix_cost import Demand, PrefixCost, measure_cost, predict_seconds
+from tuner.training.prefix_maps import (
+    CachedPrefix,
+    check_precision,
+    compute_maps,
+    find_map_dtype,
+    hash_prefix,
+    verify_partition,
+)
+from tuner.trial import TrialParams, Usage
+
+_MAX_IMAGES = 6
+"""Maps of an image take at most the bytes of so many decoded ones: earlier cuts save less and fill the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """A backbone's cut, verified: its prefix is the same in all trials."""
+
+    partition: Partition
+    weights_hash: str
+    sample: Tensor
+    """What it makes of a few images, on the CPU."""
+
+
+class Spending:
+    """What a trial's maps took, and what computing them in every epoch would have taken. Mutable."""
+
+    def __init__(self) -> None:
+        self._computed_seconds = 0.0
+        self._needed_seconds = 0.0
+
+    def count_opened(self, bank: FeatureBank) -> None:
+        """Count what maps took that were not there."""
+        if not bank.was_there:
+            self._computed_seconds += bank.seconds
+
+    def count_epoch(self, *banks: FeatureBank) -> None:
+        """Count what the trial would have spent on an epoch's maps."""
+        self._needed_seconds += sum(bank.seconds for bank in banks)
+
+    def describe_usage(self) -> Usage:
+        """Return what the trial has used so far."""
+        saved = max(0.0, self._needed_seconds - self._computed_seconds)
+        return Usage(features="computed" if self._computed_seconds > 0 else "cached", saved_seconds=round(saved, 3))
+
+
+class PrefixBanks:
+    """Maps by backbone, cut and view. Mutable: it knows the cuts that it has tried."""
+
+    def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
+        self._bench = bench
+        self._banks = OpenBanks(bench, coordinator)
+        self._cuts: dict[tuple[str, int], _Cut | None] = {}
+        self._costs: dict[tuple[str, int, int, bool], PrefixCost] = {}
+
+    def find(self, params: TrialParams, model: nn.Module, *, n_sharing: float) -> tuple[CachedPrefix, Spending] | None:
+        """Return what stands for a trial's images, if its frozen prefix need not be computed in every epoch.
+
+        Args:
+            params: The trial's.
+            model: The trial's, before its first step. It may be frozen and moved to the device.
+            n_sharing: Further trials that are expected to need the same maps.
+
+        Returns:
+            None if the prefix sees new images in every epoch, if it is not the same in all trials, or if keeping its
+            maps does not pay. A line tells the user where a backbone is at fault.
+        """
+        if self._bench.spec.workers.prefix_cache == "never" or not params.shows_known_images:
+            return None
+        try:
+            if (cut := self._find_cut(params, model)) is None:
+                return None
+            self._freeze(model, params)
+            if self._bench.spec.workers.prefix_cache == "auto" and not self._pays(params, model, cut, n_sharing):
+                return None
+            return self._open_maps(params, model, cut)
+        except NotCacheable as error:
+            self._refuse(params, error)
+            return None
+
+    def release_memory(self) -> None:
+        """Forget what can be had again."""
+        self._banks.release_memory()
+
+    def _refuse(self, params: TrialParams, error: Exception) -> None:
+        self._cuts[params.backbone, params.unfrozen_layers] = None
+        self._bench.note(
+            f"{params.backbone}, {params.unfrozen_layers} unfrozen layers: its frozen layers are computed in every "
+            f"epoch: {error}"
+        )
+
+    # --- the cut ---
+
+    def _find_cut(self, params: TrialParams, model: nn.Module) -> _Cut | None:
+        """Return the cut of a recipe, verified against the whole model when it is first used.
+
+        Raises:
+            NotCacheable: If the prefix is not exactly the same in all trials.
+        """
+        key = params.backbone, params.unfrozen_layers
+        if key not in self._cuts:
+            freeze_layers(model, params.unfrozen_layers)
+            if all(parameter.requires_grad for parameter in model.parameters()):
+                self._cuts[key] = None
+                return None
+            try:
+                self._cuts[key] = self._verify_cut(params, model)
+            except NotSeparable as error:
+                self._refuse(params, error)
+        return self._cuts[key]
+
+    def _verify_cut(self, params: TrialParams, model: nn.Module) -> _Cut | None:
+        train, device = self._load_images(params)[0], self._bench.device
+        preprocessing = self._bench.preprocess(params.backbone)
+        twin = self._freeze(self._bench.make_model(replace(params, seed=params.seed ^ 1)), params)
+        rows = torch.arange(min(N_TRIED, len(train.labels)), device=train.labels.device)
+        inputs = build_normaliser(preprocessing, device, find_dtype(twin))(take_batch(train, rows, device)[0])
+        partition = partition_model(twin, inputs)
+        if not self._is_late(partition):
+            return None
+        weights_hash = hash_prefix(twin, partition)
+        verify_partition(twin, partition, train, preprocessing, device)
+        if device.type == "cuda":
+            check_precision(twin, partition, train, preprocessing, device)
+        expected = compute_maps(twin, partition, take_sample(train), preprocessing, device).cpu()
+        del twin  # before the model moves to the device: two may not fit
+        self._freeze(model, params)
+        found = compute_maps(model, partition, take_sample(train), preprocessing, device).cpu()
+        if hash_prefix(model, partition) != weights_hash or not agree(found, expected, device):
+            raise NotCacheable("its frozen layers are drawn anew for every trial")
+        return _Cut(partition=partition, weights_hash=weights_hash, sample=expected)
+
+    def _freeze(self, model: nn.Module, params: TrialParams) -> nn.Module:
+        model.to(self._bench.device).to(memory_format=MEMORY_FORMAT)
+        freeze_layers(model, params.unfrozen_layers)
+        return model
+
+    def _is_late(self, partition: Partition) -> bool:
+        n_bytes = partition.width * find_map_dtype(self._bench.device).itemsize
+        image_bytes = 3 * self._bench.spec.data.image_size**2
+        return self._bench.spec.workers.prefix_cache == "always" or n_bytes <= _MAX_IMAGES * image_bytes
+
+    def _load_images(self, params: TrialParams) -> tuple[ImageSet, ImageSet]:
+        return self._bench.load_images(self._bench.preprocess(params.backbone).interpolation)
+
+    # --- its maps ---
+
+    def _open_maps(self, params: TrialParams, model: nn.Module, cut: _Cut) -> tuple[CachedPrefix, Spending]:
+        spending = Spending()
+        val_bank, val = self._banks.open(self._request(params, model, cut, "val", None))
+        spending.count_opened(val_bank)
+
+        def open_view(epoch: int) -> tuple[FeatureBank, Tensor]:
+            bank, maps = self._banks.open(self._request(params, model, cut, "train", find_view(params, epoch)))
+            spending.count_opened(bank)
+            return bank, maps
+
+        def open_train(epoch: int) -> Tensor:
+            bank, maps = open_view(epoch)
+            spending.count_epoch(bank, val_bank)
+            return maps
+
+        open_view(1)  # before the trial's time counts: others will need them as well
+        return CachedPrefix(partition=cut.partition, train=open_train, val=val), spending
+
+    def _request(self, params: TrialParams, model: nn.Module, cut: _Cut, split: str, view: View | None) -> BankRequest:
+        images = self._load_images(params)[split == "val"]
+        preprocessing, device = self._bench.preprocess(params.backbone), self._bench.device
+
+        def compute(out: Tensor, on_progress: Callable[[int, int], None]) -> None:
+            compute_maps(
+                model, cut.partition, images, preprocessing, device, view=view, out=out, on_progress=on_progress
+            )
+
+        def sample() -> Tensor:
+            return compute_maps(model, cut.partition, take_sample(images), preprocessing, device, view=view)
+
+        return BankRequest(
+            what="maps",
+            backbone=params.backbone,
+            split=split,
+            images=images,
+            view=view,
+            width=cut.partition.width,
+            dtype=find_map_dtype(device),
+            part={"weights": cut.weights_hash, "unfrozen_layers": params.unfrozen_layers},
+            compute=compute,
+            sample=sample,
+        )
+
+    # --- whether it pays ---
+
+    def _pays(self, params: TrialParams, model: nn.Module, cut: _Cut, n_sharing: float) -> bool:
+        views = {find_view(params, epoch) for epoch in range(1, params.epochs + 1)}
+        requests = [self._request(params, model, cut, "train", view) for view in views]
+        val = self._request(params, model, cut, "val", None)
+        demand = Demand(
+            n_train=len(requests[0].images.labels),
+            n_val=len(val.images.labels),
+            epochs=params.epochs,
+            n_missing_views=sum(not self._banks.is_at_hand(request) for request in requests),
+            lacks_val=not self._banks.is_at_hand(val),
+            n_sharing=n_sharing,
+        )
+        uncached, cached = predict_seconds(self._measure(params, model, cut), demand)
+        return cached < uncached
+
+    def _measure(self, params: TrialParams, model: nn.Module, cut: _Cut) -> PrefixCost:
+        view = find_view(params, 1)
+        key = params.backbone, params.unfrozen_layers, params.batch_size, view is not None
+        if key not in self._costs:
+            self._costs[key] = measure_cost(
+                model,
+                cut.partition,
+                self._load_images(params)[0],
+                self._bench.preprocess(params.backbone),
+                self._bench.device,
+                batch_size=params.batch_size,
+                view=view,
+            )
+        return self._costs[key]
