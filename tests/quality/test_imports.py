@@ -29,6 +29,8 @@ WORKER_SIDE = {
     "training_session",
     "head_training",
     "feature_banks",
+    "open_banks",
+    "prefix_banks",
     "workbench",
     "outcomes",
     "study_data",
