@@ -5,7 +5,19 @@ import os
 import signal
 import sys
 
-from benchmarks.cases import decode, faults, fuzz, growth, honesty, memory, search_speed, step_overhead, trial_book
+from benchmarks.cases import (
+    decode,
+    faults,
+    fuzz,
+    growth,
+    honesty,
+    memory,
+    prefix_cost,
+    search_speed,
+    step_overhead,
+    suffix_step,
+    trial_book,
+)
 from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
 from benchmarks.search_settings import NAME as SEARCH_SPEED
@@ -16,6 +28,8 @@ CASES = {
     for case in (
         trial_book.CASE,
         step_overhead.CASE,
+        suffix_step.CASE,
+        prefix_cost.CASE,
         decode.CASE,
         memory.CASE,
         growth.CASE,

@@ -98,6 +98,11 @@ class TrainingSession:
 
     # --- trials ---
 
+    def release_memory(self) -> None:
+        """Forget features, maps and models that can be had again."""
+        self._heads.release_memory()
+        self._prefixes.release_memory()
+
     def train(self, request: Train) -> None:
         """Train the trials of a request, and say of each how it ended: what goes wrong in one is an outcome."""
         try:
