@@ -14,8 +14,6 @@ from benchmarks.harness import Case
 from benchmarks.material import empty_cache
 
 if TYPE_CHECKING:
-    import torch
-
     from tuner.training.loop import TrainingJob
 
 GOAL = 0.9
@@ -59,7 +57,9 @@ def run_bare(seed: int, smoke: bool) -> float:
         assert job.cached is not None
         suffix = job.cached.partition.bind_suffix(job.model.train())
         optimizer = build_optimizer(job.model, group_layers(job.model), job.params)
-        maps: torch.Tensor = job.cached.train(1)[:BATCH_SIZE].clone()
+        kept = job.cached.train(1)
+        assert kept is not None
+        maps = kept[:BATCH_SIZE].clone()
         labels = job.train.labels[:BATCH_SIZE]
         n_steps = job.params.epochs * len(job.train.labels) // BATCH_SIZE
         started = time.perf_counter()

@@ -149,6 +149,25 @@ def test_maps_without_room_anywhere_are_computed_in_every_epoch(
     assert worker.notes[0].endswith("its maps take 0.0 GB, more than the cache (TUNER_CACHE_GB) and memory allow")
 
 
+def test_maps_that_find_no_room_during_a_trial_are_computed_in_that_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial is the same, and the user is told what would help."""
+    monkeypatch.setenv("TUNER_CACHE_GB", "0")
+    fraction = "tuner.data.feature_store._MEMORY_FRACTION"
+
+    def fill_up(_: EpochDone) -> Verdict:
+        monkeypatch.setattr(fraction, 0)
+        return Verdict()
+
+    worker = start(tmp_path, desk=Desk(answer=fill_up))
+    assert train(worker, VIEWS) == "computed"
+    assert any("epoch 2 computes its frozen layers: its maps take" in note for note in worker.notes)
+    plain = start(tmp_path, "never")
+    train(plain, VIEWS)
+    assert list_losses(worker) == pytest.approx(list_losses(plain), rel=1e-4)
+
+
 def test_cache_that_is_cleared_during_a_trial_costs_time_alone(tmp_path: Path) -> None:
     """What is mapped stays; the next view is computed."""
 

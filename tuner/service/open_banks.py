@@ -114,7 +114,13 @@ class OpenBanks:
         """
         opened = self._opened.pop(request.name, None)  # put back as the last used
         if opened is None:
-            bank = self._open_bank(request)
+            try:
+                bank = self._open_bank(request)
+            except NotCacheable:
+                if not self._opened:
+                    raise
+                self._opened.clear()  # what is mapped is never evicted, and may be what fills the cache
+                bank = self._open_bank(request)
             opened = _Opened(bank=bank, values=self._place(_as_tensor(bank.features, request.dtype)))
         self._opened[request.name] = replace(opened, bank=replace(opened.bank, was_there=True))
         self._close_old()

@@ -140,8 +140,6 @@ class PrefixBanks:
             return None
         weights_hash = hash_prefix(twin, partition)
         verify_partition(twin, partition, train, preprocessing, device)
-        if device.type == "cuda":
-            check_precision(twin, partition, train, preprocessing, device)
         expected = compute_maps(twin, partition, take_sample(train), preprocessing, device).cpu()
         del twin  # before the model moves to the device: two may not fit
         self._freeze(model, params)
@@ -167,21 +165,40 @@ class PrefixBanks:
 
     def _open_maps(self, params: TrialParams, model: nn.Module, cut: _Cut) -> tuple[CachedPrefix, Spending]:
         spending = Spending()
-        val_bank, val = self._banks.open(self._request(params, model, cut, "val", None))
+        requests = {view: self._request(params, model, cut, "train", view) for view in _list_views(params)}
+        val_request = self._request(params, model, cut, "val", None)
+        for request in (val_request, *requests.values()):
+            self._check_precision(request, model, cut)
+        val_bank, val = self._banks.open(val_request)
         spending.count_opened(val_bank)
 
         def open_view(epoch: int) -> tuple[FeatureBank, Tensor]:
-            bank, maps = self._banks.open(self._request(params, model, cut, "train", find_view(params, epoch)))
+            bank, maps = self._banks.open(requests[find_view(params, epoch)])
             spending.count_opened(bank)
             return bank, maps
 
-        def open_train(epoch: int) -> Tensor:
-            bank, maps = open_view(epoch)
+        def open_train(epoch: int) -> Tensor | None:
+            try:
+                bank, maps = open_view(epoch)
+            except NotCacheable as error:
+                self._bench.note(f"{params.backbone}: epoch {epoch} computes its frozen layers: {error}")
+                return None
             spending.count_epoch(bank, val_bank)
             return maps
 
         open_view(1)  # before the trial's time counts: others will need them as well
         return CachedPrefix(partition=cut.partition, train=open_train, val=val), spending
+
+    def _check_precision(self, request: BankRequest, model: nn.Module, cut: _Cut) -> None:
+        """Compare what is about to be kept in bfloat16 with float32, once for each bank.
+
+        Raises:
+            NotCacheable: If it is not good enough.
+        """
+        if request.dtype != torch.bfloat16 or self._banks.is_at_hand(request):
+            return
+        preprocessing, device = self._bench.preprocess(request.backbone), self._bench.device
+        check_precision(model, cut.partition, request.images, preprocessing, device, view=request.view)
 
     def _request(self, params: TrialParams, model: nn.Module, cut: _Cut, split: str, view: View | None) -> BankRequest:
         images = self._load_images(params)[split == "val"]
@@ -211,8 +228,7 @@ class PrefixBanks:
     # --- whether it pays ---
 
     def _pays(self, params: TrialParams, model: nn.Module, cut: _Cut, n_sharing: float) -> bool:
-        views = {find_view(params, epoch) for epoch in range(1, params.epochs + 1)}
-        requests = [self._request(params, model, cut, "train", view) for view in views]
+        requests = [self._request(params, model, cut, "train", view) for view in _list_views(params)]
         val = self._request(params, model, cut, "val", None)
         demand = Demand(
             n_train=len(requests[0].images.labels),
@@ -239,3 +255,8 @@ class PrefixBanks:
                 view=view,
             )
         return self._costs[key]
+
+
+def _list_views(params: TrialParams) -> set[View | None]:
+    """Return the versions of the training images that a trial's epochs show; None is the images as they are."""
+    return {find_view(params, epoch) for epoch in range(1, params.epochs + 1)}

@@ -102,14 +102,20 @@ class MapInputs:
         self._source, self._cached = source, cached
         self._dtype = find_dtype(source.model)
         self._suffix = cached.partition.bind_suffix(source.model)
-        self._maps = cached.val  # until the first epoch starts
+        self._prefix = cached.partition.bind_prefix(source.model)
+        self._images = ImageInputs(source)
+        self._maps: Tensor | None = None
 
     def start_epoch(self, epoch: int) -> None:
         """Find the maps of the epoch's view, or have them computed."""
+        self._images.start_epoch(epoch)
         self._maps = self._cached.train(epoch)
 
     def take(self, rows: Tensor) -> Tensor:
         """Return packed maps: shape ``(n, width)``."""
+        if self._maps is None:
+            with torch.no_grad(), autocast(self._source.device):
+                return self._prefix(self._images.take(rows))
         return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
 
     def run(self, inputs: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ class CachedPrefix:
     """What stands for a trial's images where its frozen prefix has seen them."""
 
     partition: Partition
-    train: Callable[[int], Tensor]
+    train: Callable[[int], Tensor | None]
     """Packed maps of the training images as an epoch, from 1, shows them: shape ``(n_images, width)``, on the device or
-    on the host. May compute them."""
+    on the host. May compute them. None: they cannot be kept, and the epoch's batches go through the prefix."""
     val: Tensor
     """Of the validation images, as above."""
 
@@ -83,7 +83,13 @@ def compute_maps(
 
 
 def check_precision(
-    model: nn.Module, partition: Partition, images: ImageSet, preprocessing: Preprocessing, device: torch.device
+    model: nn.Module,
+    partition: Partition,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    view: View | None,
 ) -> None:
     """Compare the maps of a few images as CUDA keeps them, in bfloat16, with those in float32.
 
@@ -91,8 +97,8 @@ def check_precision(
         NotCacheable: If they differ by more than that type's rounding.
     """
     few = take_sample(images)
-    rounded = compute_maps(model, partition, few, preprocessing, device).to(find_map_dtype(device))
-    exact = compute_maps(model, partition, few, preprocessing, device, in_full=True)
+    rounded = compute_maps(model, partition, few, preprocessing, device, view=view).to(find_map_dtype(device))
+    exact = compute_maps(model, partition, few, preprocessing, device, view=view, in_full=True)
     if not agree(rounded, exact, device):
         raise NotCacheable("what its frozen part computes is not kept well enough in bfloat16")
 
