@@ -282,12 +282,15 @@ class Space:
     """What is searched, and how a suggestion becomes a recipe."""
 
     def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
         self.space: dict[str, dict[str, Any]] = trainer.config["space"]
         self.fixed: Recipe = DEFAULTS | trainer.config["fixed"]
         names = self.space["backbone"]["choices"]
         self.n_groups = {name: len(list_groups(trainer.read_backbone(name))) for name in names}
         self.n_levels = min(self.n_groups.values())
-        self.spreads_levels = self.space.get("unfrozen_layers", {}).get("high") == "all"
+        high = self.space.get("unfrozen_layers", {}).get("high", "all")
+        self.spreads_levels = "unfrozen_layers" in self.space and high == "all"
+        self.highest_level: int = self.n_levels if high == "all" else high
 
     def suggest(self, trial: optuna.Trial) -> None:
         """Draw every param of the space."""
@@ -295,7 +298,7 @@ class Space:
             if "choices" in ends:
                 trial.suggest_categorical(name, ends["choices"])
             elif name == "unfrozen_layers":
-                trial.suggest_int(name, ends["low"], self.n_levels if self.spreads_levels else ends["high"])
+                trial.suggest_int(name, ends["low"], self.highest_level)
             else:
                 trial.suggest_float(name, ends["low"], ends["high"], log=ends.get("log", False), step=ends.get("step"))
 
@@ -312,7 +315,7 @@ class Space:
 
     def first_point(self, point: Recipe) -> Recipe:
         """Return the recipe to begin with, the same for all arms."""
-        return {name: self.n_levels if value == "all" else value for name, value in point.items()}
+        return {name: self.highest_level if value == "all" else value for name, value in point.items()}
 
 
 def search(trainer: Trainer) -> None:
