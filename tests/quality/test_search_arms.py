@@ -63,6 +63,8 @@ def test_plain_script_unfreezes_what_tuner_unfreezes(material: Material, tmp_pat
         names = {id(parameter): key for key, parameter in model.named_parameters()}
         groups = [{names[id(parameter)] for parameter in group} for group in list_groups(model)]
         assert groups == [set(group) for group in group_layers(model)]
+    plain.n_groups = dict(zip(plain.n_groups, (plain.n_levels, 2 * plain.n_levels), strict=True))
+    for name in plain.n_groups:  # one twice as deep: levels up to "all" are spread, numbers are numbers
         for level in range(searched.low, searched.high + 1):
             point = {"backbone": name, "unfrozen_layers": level, "lr": 1e-3, "batch_size": 16}
             params = resolve_params(spec, point, plain.n_groups, seed=0)
