@@ -17,6 +17,7 @@ from benchmarks.cases import (
     step_overhead,
     suffix_step,
     trial_book,
+    views,
 )
 from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
@@ -37,12 +38,14 @@ CASES = {
         fuzz.CASE,
     )
 }
-"""Those of one table; ``search_speed`` and ``honesty`` have a result of their own."""
+"""Those of one table."""
+OWN_RESULTS = {SEARCH_SPEED: search_speed.main, honesty.NAME: honesty.main, views.NAME: views.main}
+"""Those with a result of their own, which the same command goes on with."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the named cases, or all. Smoke mode is small, and keeps nothing."""
-    known = (*CASES, SEARCH_SPEED, honesty.NAME)
+    known = (*CASES, *OWN_RESULTS)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--smoke", action="store_true", help="seconds, with tiny data; keeps nothing")
@@ -61,11 +64,8 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that arms are ended and folders removed
     cases = CASES | {faults.CASE.name: faults.read_options(options)}
     for name in options.cases or known:
-        if name == SEARCH_SPEED:
-            search_speed.main(options)
-            continue
-        if name == honesty.NAME:
-            honesty.main(options)
+        if name in OWN_RESULTS:
+            OWN_RESULTS[name](options)
             continue
         case = cases[name]
         repeats = 1 if options.smoke else options.repeats or case.n_repeats

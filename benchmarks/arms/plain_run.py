@@ -58,6 +58,8 @@ def describe_config(job: ArmJob) -> dict[str, Any]:
         "first_point": {"backbone": names[0], **job.space.first_point},
         "seed": job.seed,
         "epochs": job.epochs,
+        "views": job.epochs if job.space.fixed_views == "all arms" else "fresh",
+        "view_seed": job.seed,
         "n_trials": job.n_trials,
         "minutes": job.minutes,
         "device": job.device,
@@ -86,7 +88,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def refit(job: ArmJob, recipes: list[dict[str, Any]]) -> list[float]:
-    """Train recipes alone, uncached, with a fresh seed, whichever arm found them.
+    """Train recipes alone, uncached, with a fresh seed and fresh views, whichever arm found them.
 
     Returns:
         The validation accuracy of each.
@@ -95,7 +97,7 @@ def refit(job: ArmJob, recipes: list[dict[str, Any]]) -> list[float]:
         RuntimeError: If the script fails.
     """
     config = describe_config(job) | {"recipes": recipes, "lines": str(job.folder / "refit.jsonl")}
-    config["seed"] = 7_777_777 + job.seed
+    config |= {"seed": 7_777_777 + job.seed, "views": "fresh"}
     watched = start_script(job.folder, "train", [config], seconds=_LONG_SECONDS, started=time.time())
     values = [float(line["value"]) for line in read_lines(Path(config["lines"]))]
     if len(values) != len(recipes):

@@ -3,7 +3,7 @@
 Optuna (TPE, median pruner) + ImageFolder + torchvision transforms + DataLoader + timm, written with care: weights are
 read once and copied for each trial, the frozen part runs without gradients and keeps its BatchNorm statistics, workers
 and pinned memory are persistent, channels lie last, CUDA trains in bfloat16, the validation loader is kept, and the
-optimizer is one kernel.
+optimizer is one kernel. config["views"] is "fresh", or the number of fixed versions that every training image has.
 
     python plain_script.py CONFIG.json search    one JSON line for each finished trial, in config["lines"]
     python plain_script.py CONFIG.json train     train config["recipes"]; one JSON line each: its last val accuracy
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from safetensors.torch import load_file  # noqa: E402
 from timm.models import group_parameters  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+from torch.utils.data import DataLoader, Dataset, Sampler  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 from torchvision.transforms import InterpolationMode, v2  # noqa: E402
 
@@ -47,6 +48,46 @@ WARMUP_FRACTION = 0.1
 
 class Diverged(Exception):  # noqa: N818 - an event of a trial
     """The loss is not finite."""
+
+
+class FixedViews(Dataset[Any]):
+    """Images of which each has a few fixed versions."""
+
+    def __init__(self, images: ImageFolder, *, seed: int, strength: float) -> None:
+        self.images, self.seed, self.strength = images, seed, strength
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, which: tuple[int, int]) -> Any:
+        """Return a version of an image, whatever was drawn before and whichever loader process draws it."""
+        image, view = which
+        with torch.random.fork_rng(devices=()):
+            # Not torch.manual_seed, which would seed CUDA's dropout as well.
+            torch.default_generator.manual_seed(draw_seed(self.seed, image, view, self.strength))
+            return self.images[image]
+
+
+def draw_seed(*parts: float) -> int:
+    """Return 64 bits from a few numbers, the same in every process."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest())
+
+
+class ViewSampler(Sampler[tuple[int, int]]):
+    """Every image once an epoch, in random order, with the number of the view that the epoch shows: e mod K."""
+
+    def __init__(self, n_images: int, n_views: int, generator: torch.Generator | None) -> None:
+        self.n_images, self.n_views, self.generator = n_images, n_views, generator
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.n_images
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.epoch += 1
+        view = self.epoch % self.n_views
+        for image in torch.randperm(self.n_images, generator=self.generator).tolist():
+            yield image, view
 
 
 class Trainer:
@@ -92,15 +133,21 @@ class Trainer:
     def make_loader(self, part: str, recipe: Recipe, generator: torch.Generator | None) -> DataLoader[Any]:
         """Return the loader of ``train`` or ``val``; augmentation for train alone."""
         strength = recipe["augmentation_strength"] if part == "train" else 0.0
-        images = ImageFolder(
+        folder = ImageFolder(
             Path(self.config["images"], part), make_transform(self.config, recipe["backbone"], strength)
         )
+        images: Dataset[Any] = folder
+        sampler: Sampler[Any] | None = None
+        if strength > 0 and self.config["views"] != "fresh":
+            images = FixedViews(folder, seed=self.config["view_seed"], strength=strength)
+            sampler = ViewSampler(len(folder), self.config["views"], generator)
         batch_size = recipe["batch_size"] if part == "train" else max(64, recipe["batch_size"])
         return DataLoader(
             images,
             batch_size=batch_size,
-            shuffle=part == "train",
-            drop_last=part == "train" and len(images) % batch_size == 1,  # BatchNorm cannot train on one image
+            shuffle=part == "train" and sampler is None,
+            sampler=sampler,
+            drop_last=part == "train" and len(folder) % batch_size == 1,  # BatchNorm cannot train on one image
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.device.type == "cuda",
@@ -235,11 +282,15 @@ class Space:
     """What is searched, and how a suggestion becomes a recipe."""
 
     def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
         self.space: dict[str, dict[str, Any]] = trainer.config["space"]
         self.fixed: Recipe = DEFAULTS | trainer.config["fixed"]
         names = self.space["backbone"]["choices"]
         self.n_groups = {name: len(list_groups(trainer.read_backbone(name))) for name in names}
         self.n_levels = min(self.n_groups.values())
+        high = self.space.get("unfrozen_layers", {}).get("high", "all")
+        self.spreads_levels = "unfrozen_layers" in self.space and high == "all"
+        self.highest_level: int = self.n_levels if high == "all" else high
 
     def suggest(self, trial: optuna.Trial) -> None:
         """Draw every param of the space."""
@@ -247,24 +298,24 @@ class Space:
             if "choices" in ends:
                 trial.suggest_categorical(name, ends["choices"])
             elif name == "unfrozen_layers":
-                trial.suggest_int(name, ends["low"], self.n_levels)
+                trial.suggest_int(name, ends["low"], self.highest_level)
             else:
                 trial.suggest_float(name, ends["low"], ends["high"], log=ends.get("log", False), step=ends.get("step"))
 
     def resolve(self, params: Recipe) -> Recipe:
-        """Return the recipe; levels of unfreezing are spread over the backbone's layer groups."""
+        """Return the recipe; levels of unfreezing up to ``all`` are spread over the backbone's layer groups."""
         recipe = self.fixed | params
         n_groups = self.n_groups[recipe["backbone"]]
         if recipe["unfrozen_layers"] == "all":
             recipe["unfrozen_layers"] = n_groups
-        elif "unfrozen_layers" in self.space:
+        elif self.spreads_levels:
             level = recipe["unfrozen_layers"]
             recipe["unfrozen_layers"] = round(1 + (level - 1) * (n_groups - 1) / max(1, self.n_levels - 1))
         return recipe
 
     def first_point(self, point: Recipe) -> Recipe:
         """Return the recipe to begin with, the same for all arms."""
-        return {name: self.n_levels if value == "all" else value for name, value in point.items()}
+        return {name: self.highest_level if value == "all" else value for name, value in point.items()}
 
 
 def search(trainer: Trainer) -> None:

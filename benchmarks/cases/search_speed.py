@@ -2,7 +2,8 @@
 
 Arms, each a cold start in processes of its own: A the plain script (Optuna in memory, ImageFolder, DataLoader, timm), B
 the same as two processes on one SQLite file, D ``python -m tuner run``. D-no-screen, D-fresh and D-plain are D without
-the screen, without fixed views, and without both. Spaces: S1 head only, S3 full fine-tuning, S4 mixed.
+the screen, without fixed views, and without both. Spaces: S1 head only, S2 partial unfreezing with fixed views in all
+arms, S3 full fine-tuning, S4 mixed. S2 has no screen, so that D-no-screen is D there, and D-plain is D-fresh.
 
     python -m benchmarks search_speed --pilot --out R.json               one seed of its own: fixes the targets
     python -m benchmarks search_speed --out R.json --seeds 5             the measured runs; the same command resumes
@@ -45,7 +46,7 @@ def _run_d(job: ArmJob, settings: Settings, *, screens: bool, has_views: bool) -
     return run_tuner(
         job,
         screen=screen if screens and job.space.screen else 0,
-        views=job.epochs if has_views and job.space.knows_views else "fresh",
+        views=job.epochs if has_views and job.space.fixed_views != "no arm" else "fresh",
     )
 
 

@@ -10,6 +10,8 @@ from benchmarks.arms import plain_script
 from benchmarks.cases.honesty import describe_honesty, run_honesty
 from benchmarks.cases.honesty import summarise as honesty_of
 from benchmarks.cases.search_speed import run_search_speed
+from benchmarks.cases.views import ARMS as VIEW_ARMS
+from benchmarks.cases.views import choose_default, compare, describe_views, run_views
 from benchmarks.harness import describe, measure
 from benchmarks.search_settings import smoke_settings
 from benchmarks.search_summary import describe_summary, summarise
@@ -34,7 +36,7 @@ def test_search_speed_runs_its_arms_in_smoke_mode_and_resumes(tmp_path: Path) ->
     for run in result["runs"]:
         assert len(run["trials"]) >= 2, run["error"]
         assert "refit_best" in run or run["arm"] != "A"
-    assert "| S4 | D | 1 |" in describe_summary(result)
+    assert "| S2 | D | 1 |" in describe_summary(result)
     assert run_search_speed(settings)["runs"] == result["runs"]
 
 
@@ -50,6 +52,56 @@ def test_honesty_runs_a_study_in_smoke_mode_and_resumes(tmp_path: Path) -> None:
     two = {**result, "studies": [study, study]}
     assert "| all, 2 | " in describe_honesty(two)
     assert honesty_of(two["studies"])["confirmed_optimism"]["standard_error"] == 0
+
+
+@pytest.mark.slow
+def test_views_runs_its_arms_in_smoke_mode_and_resumes(tmp_path: Path) -> None:
+    """Every arm of every recipe gives an accuracy, and a second call trains nothing."""
+    out = tmp_path / "result.json"
+    result = run_views(out, n_seeds=1, smoke=True)
+    assert {run["arm"] for run in result["runs"]} == set(VIEW_ARMS)
+    assert len(result["runs"]) == 2 * len(VIEW_ARMS)
+    assert "| digits | K=8 | 2 | " in describe_views(result)
+    assert run_views(out, n_seeds=1, smoke=True)["runs"] == result["runs"]
+
+
+def make_training(arm: str, seed: int, accuracy: float, data: str = "a") -> dict[str, object]:
+    """Return a training of the study of views."""
+    return {"data": data, "recipe": {"lr": 1.0}, "seed": seed, "arm": arm, "accuracy": accuracy, "loss": 1.0}
+
+
+def test_views_are_compared_with_fresh_ones_of_the_same_seed() -> None:
+    """What differs between seeds is in no difference; a training without its pair is left out."""
+    runs = [
+        make_training("fresh", 0, 0.5),
+        make_training("K=2", 0, 0.4),
+        make_training("fresh", 1, 0.9),
+        make_training("K=2", 1, 0.8),
+        make_training("K=2", 2, 0.1),
+    ]
+    entry = compare(runs)[0]
+    assert (entry["arm"], entry["n"]) == ("K=2", 2)
+    assert entry["difference"] == pytest.approx(-0.1)
+    assert entry["standard_error"] == pytest.approx(0.0, abs=1e-9)
+
+
+def make_entries(
+    differences: dict[int, float], data: str = "a", standard_error: float = 0.001
+) -> list[dict[str, object]]:
+    """Return comparisons of numbers of views."""
+    return [
+        {"data": data, "arm": f"K={n_views}", "difference": difference, "standard_error": standard_error}
+        for n_views, difference in differences.items()
+    ]
+
+
+def test_default_views_are_the_fewest_from_which_on_none_is_worse() -> None:
+    """On every data set, by 0.5 points or a standard error; a lucky small K below a bad one does not count."""
+    good = make_entries({1: -0.03, 2: -0.004, 4: 0.01, 8: 0.0})
+    assert choose_default(good) == 2
+    assert choose_default(good + make_entries({1: 0.0, 2: 0.0, 4: -0.02, 8: -0.001}, data="b")) == 8
+    assert choose_default(make_entries({1: -0.009, 2: 0.0, 4: 0.0, 8: 0.0}, standard_error=0.01)) == 1
+    assert choose_default(make_entries({1: 0.0, 2: 0.0, 4: 0.0, 8: -0.02})) is None
 
 
 def test_plain_script_stands_alone() -> None:
