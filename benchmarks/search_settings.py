@@ -9,7 +9,7 @@ from benchmarks.harness import describe_provenance, find_place
 from benchmarks.search_spaces import SEARCH_SPACES
 
 NAME = "search_speed"
-ARM_NAMES = ("A", "B", "D", "D-no-screen", "D-fresh", "D-plain")
+ARM_NAMES = ("A", "B", "D", "D-no-screen", "D-fresh", "D-plain", "D-no-prefix")
 PILOT_SEED = 999
 
 

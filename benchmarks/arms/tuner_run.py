@@ -27,16 +27,19 @@ _TRIAL_LINE = re.compile(r"^trial \d+: ")
 _WORKER_LINE = re.compile(r"^worker \d+: ")
 
 
-def run_tuner(job: ArmJob, *, screen: int = 0, views: int | Literal["fresh"] = "fresh") -> ArmRun:
+def run_tuner(
+    job: ArmJob, *, screen: int = 0, views: int | Literal["fresh"] = "fresh", prefix_cache: str = "auto"
+) -> ArmRun:
     """Search with tuner.
 
     Args:
         job: What to search.
         screen: ``[search] screen``; 0 leaves the key out.
         views: ``[training] views``; ``fresh`` leaves the key out.
+        prefix_cache: ``[workers] prefix_cache``.
     """
     study_file = job.folder / "study.toml"
-    write_study_file(study_file, make_tables(job, screen=screen, views=views))
+    write_study_file(study_file, make_tables(job, screen=screen, views=views, prefix_cache=prefix_cache))
     url = f"sqlite:///{job.folder}/studies.db"
     command = ["-P", "-m", "tuner", "run", str(study_file), "--storage", url]
     started = time.time()
@@ -56,7 +59,9 @@ def run_tuner(job: ArmJob, *, screen: int = 0, views: int | Literal["fresh"] = "
     )
 
 
-def make_tables(job: ArmJob, *, screen: int, views: int | Literal["fresh"]) -> dict[str, dict[str, Any]]:
+def make_tables(
+    job: ArmJob, *, screen: int, views: int | Literal["fresh"], prefix_cache: str
+) -> dict[str, dict[str, Any]]:
     """Return the tables of the study file."""
     material = job.material
     names = list(material.backbones)
@@ -69,7 +74,7 @@ def make_tables(job: ArmJob, *, screen: int, views: int | Literal["fresh"]) -> d
         "backbones": {name: {**facts, "interpolation": "bicubic"} for name, facts in material.backbones.items()},
         "training": training | ({} if views == "fresh" else {"views": views}),
         "search": search | ({"screen": screen} if screen else {}),
-        "workers": {"devices": job.device},
+        "workers": {"devices": job.device, "prefix_cache": prefix_cache},
     }
     return tables | _first_point(job, names[0])
 

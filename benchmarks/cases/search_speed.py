@@ -2,8 +2,9 @@
 
 Arms, each a cold start in processes of its own: A the plain script (Optuna in memory, ImageFolder, DataLoader, timm), B
 the same as two processes on one SQLite file, D ``python -m tuner run``. D-no-screen, D-fresh and D-plain are D without
-the screen, without fixed views, and without both. Spaces: S1 head only, S2 partial unfreezing with fixed views in all
-arms, S3 full fine-tuning, S4 mixed. S2 has no screen, so that D-no-screen is D there, and D-plain is D-fresh.
+the screen, without fixed views, and without both; D-no-prefix computes frozen layers in every epoch. Spaces: S1 head
+only, S2 partial unfreezing with fixed views in all arms, S3 full fine-tuning, S4 mixed. S2 has no screen, so that
+D-no-screen is D there, and D-plain is D-fresh.
 
     python -m benchmarks search_speed --pilot --out R.json               one seed of its own: fixes the targets
     python -m benchmarks search_speed --out R.json --seeds 5             the measured runs; the same command resumes
@@ -41,12 +42,15 @@ N_PROCESSES_OF_B = 2
 _TARGET_FRACTION = 0.99
 
 
-def _run_d(job: ArmJob, settings: Settings, *, screens: bool, has_views: bool) -> ArmRun:
+def _run_d(
+    job: ArmJob, settings: Settings, *, screens: bool = True, has_views: bool = True, prefix_cache: str = "auto"
+) -> ArmRun:
     screen = job.space.screen if settings.screen is None else settings.screen
     return run_tuner(
         job,
         screen=screen if screens and job.space.screen else 0,
         views=job.epochs if has_views and job.space.fixed_views != "no arm" else "fresh",
+        prefix_cache=prefix_cache,
     )
 
 
@@ -57,10 +61,11 @@ def _run_plain(job: ArmJob, _: Settings, *, n_processes: int) -> ArmRun:
 ARMS: dict[str, Callable[[ArmJob, Settings], ArmRun]] = {
     "A": partial(_run_plain, n_processes=1),
     "B": partial(_run_plain, n_processes=N_PROCESSES_OF_B),
-    "D": partial(_run_d, screens=True, has_views=True),
-    "D-no-screen": partial(_run_d, screens=False, has_views=True),
-    "D-fresh": partial(_run_d, screens=True, has_views=False),
+    "D": _run_d,
+    "D-no-screen": partial(_run_d, screens=False),
+    "D-fresh": partial(_run_d, has_views=False),
     "D-plain": partial(_run_d, screens=False, has_views=False),
+    "D-no-prefix": partial(_run_d, prefix_cache="never"),
 }
 
 

@@ -51,7 +51,7 @@ def test_plain_script_unfreezes_what_tuner_unfreezes(material: Material, tmp_pat
     """Both draw the same numbers, begin with the highest, and let the same parameters train."""
     job = make_job(material, space)
     plain = Space(Trainer(describe_config(job)))
-    write_study_file(tmp_path / "study.toml", make_tables(job, screen=0, views="fresh"))
+    write_study_file(tmp_path / "study.toml", make_tables(job, screen=0, views="fresh", prefix_cache="auto"))
     spec = load_spec(tmp_path / "study.toml")
     check_group_counts(spec, plain.n_groups)
     searched: Any = make_distributions(spec, plain.n_groups)["unfrozen_layers"]
