@@ -13,6 +13,7 @@ from tuner.data.store import open_store
 from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
+from tuner.service.admission import Admission
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
@@ -21,7 +22,7 @@ from tuner.service.study_data import compare_search_splits
 from tuner.service.workbench import Workbench
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
 from tuner.training.device import release_memory
-from tuner.training.loop import TrainingJob, train_epochs
+from tuner.training.loop import TrainingJob
 from tuner.training.metrics import Scores, pool_scores
 from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult, Reason, Repeat, TrialOutcome, TrialParams, TrialState
@@ -38,6 +39,7 @@ class TrainingSession:
         self._bench, self._spec, self._data = bench, bench.spec, bench.data
         self._coordinator = coordinator
         self._heads = HeadTraining(bench, coordinator)
+        self._admission = Admission(bench)
 
     def check_data(self, data_hash: str) -> None:
         """Check that this worker sees the images that the first one described.
@@ -112,10 +114,13 @@ class TrainingSession:
             raise
 
     def _train_alone(self, number: int, params: TrialParams, request: Train) -> TrialDone:
+        self._admission.begin()
         try:
             if request.repeats:
-                return self._repeat_trial(number, params, request.repeats)
-            return self._run_trial(number, params, request.checkpoint)
+                done = self._repeat_trial(number, params, request.repeats)
+            else:
+                done = self._run_trial(number, params, request.checkpoint)
+            return replace(done, usage=self._admission.usage)
         except Exception as error:  # a user's backbone may raise anything, and the search goes on
             if comes_from_lost_device(error):
                 raise
@@ -124,17 +129,17 @@ class TrainingSession:
         if outcome.reason is Reason.UNREADABLE:
             self._coordinator.send(Started())  # the trial's time is not for waiting
             sleep(_UNREADABLE_SECONDS)
-        return TrialDone(number=number, outcome=outcome)
+        return TrialDone(number=number, outcome=outcome, usage=self._admission.usage)
 
     def _run_trial(self, number: int, params: TrialParams, checkpoint: str) -> TrialDone:
-        job = self._make_job(params)
+        job = self._admission.admit(self._make_job(params))
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
         file = self._find_checkpoint(number, job, checkpoint)
         saved = None if file is None else file.read(job.model)
         if saved is not None and not self._replay(number, saved):
             return TrialDone(number=number, outcome=outcome)
         self._coordinator.send(Started())
-        for result, scores in train_epochs(job, file, saved):
+        for result, scores in self._admission.train(job, file, saved):
             verdict = self._coordinator.ask_verdict(EpochDone(results=((number, result),)))
             if number in verdict.stop:
                 break
@@ -148,10 +153,10 @@ class TrainingSession:
         seen: list[Scores] = []
         kept = False
         for which, repeat in enumerate(repeats):
-            job = self._make_job(replace(params, seed=repeat.seed), repeat)
+            job = self._admission.admit(self._make_job(replace(params, seed=repeat.seed), repeat))
             if which == 0:
                 self._coordinator.send(Started())  # the time of a trial is that of all its trainings
-            for result, scores in train_epochs(job):
+            for result, scores in self._admission.train(job):
                 done = EpochDone(results=((number, replace(result, repeat=which)),))
                 verdict = self._coordinator.ask_verdict(done)
                 if number in verdict.stop:

@@ -46,6 +46,12 @@ class TrainingJob:
     """None only for ``train_only``."""
     preprocessing: Preprocessing
     device: torch.device
+    micro_batch: int | None = None
+    """Images at a time, where a batch does not fit into memory; its gradients are added up. None: all at once.
+
+    The step is the whole batch's up to rounding, unless the model ``depends_on_batch``. Dropped inputs of the head are
+    the same too on a CPU if those of each part are a multiple of four. What a backbone drops by itself (dropout,
+    drop-path) is drawn for each part: the same in distribution alone, as any other seed is."""
 
 
 class Diverged(Exception):  # noqa: N818 - the name of what happened to the trial, no mistake of the user or of ours
@@ -185,23 +191,51 @@ class _Training:
 
     def _take_step(self, rows: Tensor, known_draws: Tensor | None) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
+        draws = None
+        if self._job.params.augmentation_strength > 0:
+            draws = draw_fresh(len(rows), self._order) if known_draws is None else known_draws[rows]
+        if self._job.micro_batch is None or self._job.micro_batch >= len(rows):
+            loss = self._find_loss(rows, draws)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach()
+        else:
+            loss = self._add_gradients(rows, draws, self._job.micro_batch)
+        self._optimizer.step()
+        self._schedule.step()
+        return loss
+
+    def _add_gradients(self, rows: Tensor, draws: Tensor | None, micro_batch: int) -> Tensor:
+        """Make the gradients of a batch from those of its parts; return the batch's mean loss.
+
+        The loss is a mean that is weighted by the images' classes, so a part counts by its images' weights.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        weights = torch.ones(len(rows), device=self._job.device, dtype=self._dtype)
+        if self._class_weights is not None:
+            weights = self._class_weights[self._job.train.labels[rows].to(self._job.device)]
+        total = torch.zeros((), device=self._job.device, dtype=self._dtype)
+        for start in range(0, len(rows), micro_batch):
+            part = slice(start, start + micro_batch)
+            loss = self._find_loss(rows[part], None if draws is None else draws[part])
+            loss = loss * (weights[part].sum() / weights.sum())
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _find_loss(self, rows: Tensor, draws: Tensor | None) -> Tensor:
+        """Return the mean loss of some images, with what it takes to find its gradients."""
         params, device = self._job.params, self._job.device
         pixels, labels = take_batch(self._job.train, rows, device, self._dtype)
-        if params.augmentation_strength > 0:
-            draws = draw_fresh(len(rows), self._order) if known_draws is None else known_draws[rows]
+        if draws is not None:
             pixels = augment(
                 pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
             )
         with autocast(device):
             logits = self._model(self._normalise(pixels))
-        loss = functional.cross_entropy(
+        return functional.cross_entropy(
             logits.to(self._dtype), labels, weight=self._class_weights, label_smoothing=params.label_smoothing
         )
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        self._schedule.step()
-        return loss.detach()
 
 
 def weigh_classes(labels: Tensor, n_classes: int) -> Tensor:
@@ -232,7 +266,8 @@ def average_losses(losses: Sequence[float], n_images: Sequence[int]) -> float:
 
 
 def _validate(job: TrainingJob, val: ImageSet, epoch: int) -> Scores:
-    logits = predict_logits(job.model, val, job.preprocessing, job.device, batch_size=job.params.batch_size)
+    batch_size = job.micro_batch or job.params.batch_size
+    logits = predict_logits(job.model, val, job.preprocessing, job.device, batch_size=batch_size)
     scores = score_logits(logits, val.labels.to(job.device))
     if not math.isfinite(scores.loss):
         raise tell_bad_validation(scores.loss, epoch)
