@@ -120,6 +120,12 @@ class Usage:
     """Trials that were trained as one when its training began."""
     saved_seconds: float = 0.0
     """Of the frozen backbone's work: what all its epochs would have taken, less its share of what was computed."""
+    micro_batch: int | None = None
+    """Images at a time, where a batch did not fit into memory; None: the whole batch."""
+    predicted_bytes: int | None = None
+    """Of the device's memory (the process's on a CPU) at the highest, model included; None: it was not foreseen."""
+    peak_bytes: int | None = None
+    """What it took; None: it was not foreseen, or did not end an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)

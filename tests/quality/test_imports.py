@@ -25,6 +25,7 @@ FLOORS = {
 }
 WORKER_SIDE = {
     "worker",
+    "admission",
     "describing",
     "training_session",
     "head_training",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.option(
     "--kind",
     "kinds",
-    type=click.Choice(["pixels", "features", "pretrained", "content"]),
+    type=click.Choice(["pixels", "features", "pretrained", "content", "memory"]),
     multiple=True,
     help="Only these; may be repeated.",
 )
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def cache(kinds: tuple["Kind", ...], clear: bool, yes: bool, as_json: bool) -> None:
-    """List, or clear, what later runs reuse: decoded pixels, features, pretrained weights, hashes of files.
+    """List, or clear, what later runs reuse: decoded pixels, features, pretrained weights, hashes, memory needs.
 
     All of it is made again when it is needed. TUNER_CACHE_DIR says where it lies, TUNER_CACHE_GB how large it may get.
 

@@ -1,4 +1,4 @@
-"""What the cache folder holds, and its budget. All of it can be rebuilt: pixels, features, pretrained weights, hashes.
+"""What the cache folder holds, and its budget. All can be made again: pixels, features, weights, hashes, memory needs.
 
 A folder per kind. The files of an entry share a name, a SHA-256: data, sidecar (JSON), lock, and half-written ones.
 Only pixels and features make room for others, the least recently used first, and never while a process has them mapped:
@@ -22,9 +22,20 @@ from tuner.data.locks import claimed, find_lock, is_mapped
 from tuner.errors import StorageError
 from tuner.paths import cache_root
 
-Kind = Literal["pixels", "features", "pretrained", "content"]
+Kind = Literal["pixels", "features", "pretrained", "content", "memory"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_SUFFIXES: dict[Kind, str] = {"pixels": ".npy", "features": ".npy", "pretrained": ".safetensors", "content": ".txt"}
+_SUFFIXES: dict[Kind, str] = {
+    "pixels": ".npy",
+    "features": ".npy",
+    "pretrained": ".safetensors",
+    "content": ".txt",
+    "memory": ".json",
+}
+_JOINED: dict[Kind, str] = {
+    "content": "hashes of {} data sets",
+    "memory": "memory that training takes, {} times measured",
+}
+"""Kinds of many small files, which are listed as one."""
 _EVICTABLE: tuple[Kind, ...] = ("pixels", "features")
 """Their writers hold a lock; the others' write within seconds."""
 _NAME = re.compile(r"\.?(?P<stem>[0-9a-f]{64})\..+")
@@ -39,7 +50,7 @@ class CacheEntry:
 
     kind: Kind
     path: Path
-    """The data file; the folder of all hashes for ``content``."""
+    """The data file; the folder for kinds of many small ones."""
     n_bytes: int
     """Of all its files."""
     last_used: datetime
@@ -83,8 +94,8 @@ def list_entries() -> tuple[CacheEntry, ...]:
     with reporting_storage(cache_root()):
         for kind in KINDS:
             stored = [each for each in _scan(kind) if each.n_bytes]
-            if kind == "content" and stored:
-                entries.append(_join_hashes(stored))
+            if kind in _JOINED and stored:
+                entries.append(_join(kind, stored))
                 continue
             for each in sorted(stored, key=lambda each: each.used, reverse=True):
                 last_used = datetime.fromtimestamp(each.used, UTC)
@@ -259,13 +270,13 @@ def _free_bytes() -> int:
     return shutil.disk_usage(there).free
 
 
-def _join_hashes(stored: list[_Stored]) -> CacheEntry:
+def _join(kind: Kind, stored: list[_Stored]) -> CacheEntry:
     return CacheEntry(
-        kind="content",
-        path=cache_root() / "content",
+        kind=kind,
+        path=cache_root() / kind,
         n_bytes=sum(each.n_bytes for each in stored),
         last_used=datetime.fromtimestamp(max(each.used for each in stored), UTC),
-        text=f"hashes of {len(stored)} data sets",
+        text=_JOINED[kind].format(len(stored)),
     )
 
 

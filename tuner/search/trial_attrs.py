@@ -54,7 +54,7 @@ def describe_end(
             EPOCHS_ATTR: [dataclasses.asdict(result) for result in epochs],
         }
     if usage is not None:
-        attrs |= dataclasses.asdict(usage)
+        attrs |= {name: value for name, value in dataclasses.asdict(usage).items() if value is not None}
     if outcome.report:
         attrs["class_report"] = _describe_report(outcome.report)
     if outcome.reason:

@@ -13,6 +13,7 @@ from tuner.data.store import open_store
 from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
+from tuner.service.admission import Admission
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
@@ -22,7 +23,7 @@ from tuner.service.study_data import compare_search_splits
 from tuner.service.workbench import Workbench
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
 from tuner.training.device import release_memory
-from tuner.training.loop import TrainingJob, train_epochs
+from tuner.training.loop import TrainingJob
 from tuner.training.metrics import Scores, pool_scores
 from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult, Reason, Repeat, TrialOutcome, TrialParams, TrialState, Usage
@@ -40,6 +41,7 @@ class TrainingSession:
         self._coordinator = coordinator
         self._heads = HeadTraining(bench, coordinator)
         self._prefixes = PrefixBanks(bench, coordinator)
+        self._admission = Admission(bench)
 
     def check_data(self, data_hash: str) -> None:
         """Check that this worker sees the images that the first one described.
@@ -119,10 +121,15 @@ class TrainingSession:
             raise
 
     def _train_alone(self, number: int, params: TrialParams, request: Train) -> TrialDone:
+        self._admission.begin()
         try:
             if request.repeats:
-                return self._repeat_trial(number, params, request.repeats)
-            return self._run_trial(number, params, request)
+                done = self._repeat_trial(number, params, request.repeats)
+            else:
+                done = self._run_trial(number, params, request)
+            spent = done.usage
+            usage = replace(self._admission.usage, features=spent.features, saved_seconds=spent.saved_seconds)
+            return replace(done, usage=usage)
         except Exception as error:  # a user's backbone may raise anything, and the search goes on
             if comes_from_lost_device(error):
                 raise
@@ -131,17 +138,18 @@ class TrainingSession:
         if outcome.reason is Reason.UNREADABLE:
             self._coordinator.send(Started())  # the trial's time is not for waiting
             sleep(_UNREADABLE_SECONDS)
-        return TrialDone(number=number, outcome=outcome)
+        return TrialDone(number=number, outcome=outcome, usage=self._admission.usage)
 
     def _run_trial(self, number: int, params: TrialParams, request: Train) -> TrialDone:
         job, spending = self._make_cached_job(params, request.n_sharing)
+        job = self._admission.admit(job)
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
         file = self._find_checkpoint(number, job, request.checkpoint)
         saved = None if file is None else file.read(job.model)
         if saved is not None and not self._replay(number, saved):
             return TrialDone(number=number, outcome=outcome)
         self._coordinator.send(Started())
-        for result, scores in train_epochs(job, file, saved):
+        for result, scores in self._admission.train(job, file, saved):
             verdict = self._coordinator.ask_verdict(EpochDone(results=((number, result),)))
             if number in verdict.stop:
                 break
@@ -167,10 +175,10 @@ class TrainingSession:
         seen: list[Scores] = []
         kept = False
         for which, repeat in enumerate(repeats):
-            job = self._make_job(replace(params, seed=repeat.seed), repeat)
+            job = self._admission.admit(self._make_job(replace(params, seed=repeat.seed), repeat))
             if which == 0:
                 self._coordinator.send(Started())  # the time of a trial is that of all its trainings
-            for result, scores in train_epochs(job):
+            for result, scores in self._admission.train(job):
                 done = EpochDone(results=((number, replace(result, repeat=which)),))
                 verdict = self._coordinator.ask_verdict(done)
                 if number in verdict.stop:

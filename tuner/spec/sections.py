@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tuner.spec.durations import check_budget, parse_duration
+from tuner.spec.sizes import parse_size
 from tuner.spec.space import PARAMETERS, Choices, Distribution, is_number
 
 MIN_IMAGE_SIZE = 8
@@ -229,6 +230,9 @@ class WorkersSection(Section):
     """Silence after which a worker counts as hanging: it is ended, replaced, and its trial queued again."""
     checkpoint_every: Annotated[float, BeforeValidator(parse_duration)] = 60.0
     """Least time between two checkpoints of a trial; a killed run goes on from the last one."""
+    memory_limit: Annotated[int, BeforeValidator(parse_size)] | None = None
+    """Memory that training a trial may take: of its GPU, images there included, or on a CPU of the machine besides the
+    program and its images. Default: what there is."""
 
 
 class WarmStartSection(Section):

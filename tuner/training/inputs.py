@@ -29,8 +29,16 @@ class Inputs(Protocol):
     def start_epoch(self, epoch: int) -> None:
         """Show the training images as an epoch, from 1, does."""
 
-    def take(self, rows: Tensor) -> Tensor:
-        """Return what some training images are fed as, on the device."""
+    def draw(self, rows: Tensor) -> Tensor | None:
+        """Return what the augmentation of a batch needs, one row for each image; None if there is none."""
+
+    def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
+        """Return what some training images are fed as, on the device.
+
+        Args:
+            rows: Which ones: a batch, or a part of one.
+            draws: Theirs, of ``draw`` for the whole batch.
+        """
 
     def run(self, inputs: Tensor) -> Tensor:
         """Return the logits of what ``take`` returned, in the mode that the model is in."""
@@ -51,6 +59,8 @@ class Source:
     device: torch.device
     order: torch.Generator
     """Draws fresh augmentation."""
+    eval_batch_size: int
+    """Images that validation takes at a time, at least, on CUDA."""
 
 
 class ImageInputs:
@@ -70,12 +80,17 @@ class ImageInputs:
             draws = draw_view(view.seed, train.rows, view=view.number, strength=view.strength)
             self._known_draws = draws.to(train.labels.device)
 
-    def take(self, rows: Tensor) -> Tensor:
+    def draw(self, rows: Tensor) -> Tensor | None:
+        """Draw a batch's augmentation, or look it up."""
+        if self._source.params.augmentation_strength == 0:
+            return None
+        return draw_fresh(len(rows), self._source.order) if self._known_draws is None else self._known_draws[rows]
+
+    def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
         """Return normalised images, augmented as the epoch asks: shape ``(n, 3, height, width)``."""
         source, params = self._source, self._source.params
         pixels, _ = take_batch(source.train, rows, source.device, self._dtype)
-        if params.augmentation_strength > 0:
-            draws = draw_fresh(len(rows), source.order) if self._known_draws is None else self._known_draws[rows]
+        if draws is not None:
             pixels = augment(
                 pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
             )
@@ -90,9 +105,7 @@ class ImageInputs:
     def predict(self, val: ImageSet) -> Tensor:
         """Return the logits of the validation images."""
         source = self._source
-        return predict_logits(
-            source.model, val, source.preprocessing, source.device, batch_size=source.params.batch_size
-        )
+        return predict_logits(source.model, val, source.preprocessing, source.device, batch_size=source.eval_batch_size)
 
 
 class MapInputs:
@@ -111,11 +124,15 @@ class MapInputs:
         self._images.start_epoch(epoch)
         self._maps = self._cached.train(epoch)
 
-    def take(self, rows: Tensor) -> Tensor:
+    def draw(self, rows: Tensor) -> Tensor | None:
+        """Look up a batch's view if its maps are not kept."""
+        return self._images.draw(rows) if self._maps is None else None
+
+    def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
         """Return packed maps: shape ``(n, width)``."""
         if self._maps is None:
             with torch.no_grad(), autocast(self._source.device):
-                return self._prefix(self._images.take(rows))
+                return self._prefix(self._images.take(rows, draws))
         return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
 
     def run(self, inputs: Tensor) -> Tensor:
@@ -128,7 +145,7 @@ class MapInputs:
         source = self._source
         source.model.eval()
         with torch.no_grad():
-            batches = list_eval_batches(val, self._cached.val.device, source.params.batch_size)
+            batches = list_eval_batches(val, self._cached.val.device, source.eval_batch_size)
             taken = (gather_rows(self._cached.val, rows.to(self._cached.val.device), source.device) for rows in batches)
             return torch.cat([self.run(maps).to(self._dtype) for maps in taken])
 

@@ -46,6 +46,12 @@ class TrainingJob:
     device: torch.device
     cached: CachedPrefix | None = None
     """What the frozen prefix made of the images, for the epochs and the views of ``params``; None: train on images."""
+    micro_batch: int | None = None
+    """Images at a time, where a batch does not fit into memory; its gradients are added up. None: all at once.
+
+    The step is the whole batch's up to rounding, unless the model ``depends_on_batch``. Dropped inputs of the head are
+    the same too on a CPU if those of each part are a multiple of four. What a backbone drops by itself (dropout,
+    drop-path) is drawn for each part: the same in distribution alone, as any other seed is."""
 
 
 class Diverged(Exception):  # noqa: N818 - the name of what happened to the trial, no mistake of the user or of ours
@@ -160,6 +166,7 @@ class _Training:
             preprocessing=job.preprocessing,
             device=job.device,
             order=self._order,
+            eval_batch_size=job.micro_batch or params.batch_size,
         )
         self.inputs = find_inputs(source, job.cached)
         self._class_weights = None
@@ -186,18 +193,37 @@ class _Training:
 
     def _take_step(self, rows: Tensor) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
+        draws = self.inputs.draw(rows)  # for the whole batch, also where it is taken in parts
         labels = gather_rows(self._job.train.labels, rows, self._job.device)
-        loss = functional.cross_entropy(
-            self.inputs.run(self.inputs.take(rows)).to(self._dtype),
-            labels,
-            weight=self._class_weights,
-            label_smoothing=self._job.params.label_smoothing,
-        )
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._add_gradients(rows, draws, labels, self._job.micro_batch or len(rows))
         self._optimizer.step()
         self._schedule.step()
-        return loss.detach()
+        return loss
+
+    def _add_gradients(self, rows: Tensor, draws: Tensor | None, labels: Tensor, micro_batch: int) -> Tensor:
+        """Make the gradients of a batch from those of its parts; return the batch's mean loss.
+
+        The loss is a mean that is weighted by the images' classes, so a part counts by its images' weights.
+        """
+        weights = torch.ones(len(rows), device=self._job.device, dtype=self._dtype)
+        if self._class_weights is not None:
+            weights = self._class_weights[labels]
+        total = torch.zeros((), device=self._job.device, dtype=self._dtype)
+        for start in range(0, len(rows), micro_batch):
+            part = slice(start, start + micro_batch)
+            inputs = self.inputs.take(rows[part], None if draws is None else draws[part])
+            loss = functional.cross_entropy(
+                self.inputs.run(inputs).to(self._dtype),
+                labels[part],
+                weight=self._class_weights,
+                label_smoothing=self._job.params.label_smoothing,
+            )
+            if micro_batch < len(rows):
+                loss = loss * (weights[part].sum() / weights.sum())
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
 
 
 def weigh_classes(labels: Tensor, n_classes: int) -> Tensor:

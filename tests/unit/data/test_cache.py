@@ -16,7 +16,7 @@ from tuner.data.cache import KINDS, Kind, budget_bytes, clear_cache, list_entrie
 from tuner.data.locks import locked
 from tuner.errors import StorageError
 
-SUFFIXES = {"pixels": ".npy", "features": ".npy", "pretrained": ".safetensors", "content": ".txt"}
+SUFFIXES = {"pixels": ".npy", "features": ".npy", "pretrained": ".safetensors", "content": ".txt", "memory": ".json"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,7 @@ def test_list_entries_says_what_the_cache_holds(cache: Path) -> None:
     new = write_entry(cache, "pixels", "new", facts={"text": "50 images\n\x1b"})
     write_entry(cache, "content", "a", n_bytes=64)
     write_entry(cache, "content", "b", n_bytes=64)
+    write_entry(cache, "memory", "a", n_bytes=32)
     weights = {"backbone": "net", "pretraining": {"data": {"source": "digits"}}}
     write_entry(cache, "pretrained", facts={"facts": weights, "epochs": [{}, {}]})
     write_entry(cache, "features", facts={"other": "format"})
@@ -66,10 +67,11 @@ def test_list_entries_says_what_the_cache_holds(cache: Path) -> None:
         ("features", "not described"),
         ("pretrained", "net, 2 epochs on digits"),
         ("content", "hashes of 2 data sets"),
+        ("memory", "memory that training takes, 1 times measured"),
     ]
     assert entries[0].path == new
     assert entries[0].n_bytes == 300 + new.with_suffix(".json").stat().st_size
-    assert entries[-1].n_bytes == 128
+    assert [entry.n_bytes for entry in entries[-2:]] == [128, 32]
     assert 90 < (datetime.now(UTC) - entries[1].last_used).total_seconds() < 200
 
 
@@ -106,10 +108,11 @@ def test_clear_cache_removes_the_kinds_asked_for(cache: Path, kind: Kind) -> Non
         path = write_entry(cache, each, facts={})
         if each in {"pixels", "features"}:
             path.with_suffix(".lock").touch()
-    assert clear_cache([kind]) == 302
+    assert clear_cache([kind]) == (300 if kind == "memory" else 302)  # whose data file is its own sidecar
     assert not list((cache / kind).iterdir())
     assert {entry.kind for entry in list_entries()} == set(KINDS) - {kind}
-    assert clear_cache() == 3 * 302
+    left = [each for each in KINDS if each != kind]
+    assert clear_cache() == sum(300 if each == "memory" else 302 for each in left)
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
