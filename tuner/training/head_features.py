@@ -187,7 +187,7 @@ def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing
     normalise = build_normaliser(preprocessing, device, find_dtype(model))
     rows = torch.arange(min(_N_TRIED, len(images.labels)), device=images.labels.device)
     inputs = normalise(take_batch(images, rows, device, find_dtype(model))[0])
-    with _keeping_buffers(model):
+    with keeping_buffers(model):
         model.eval()
         features = _compute_batch(model, head, inputs, device)
         parts = [_compute_batch(model, head, part, device) for part in torch.split(inputs, 3)]
@@ -235,7 +235,7 @@ def _check_same(found: object, expected: Tensor, device: torch.device, reason: s
 
 
 @contextmanager
-def _keeping_buffers(model: nn.Module) -> Iterator[None]:
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
     """Put buffers back as they were: a BatchNorm that is not frozen moves its statistics in train mode."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:

@@ -1,5 +1,6 @@
 """Train one trial, epoch by epoch."""
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,13 @@ from tuner.training.batches import (
     take_batch,
 )
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, MovingParts
-from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything
+from tuner.training.compiling import Compiler
+from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything, send_ahead
 from tuner.training.dropout import draw_kept, start_dropout
 from tuner.training.metrics import Scores, score_logits
 from tuner.training.optimizer import build_optimizer
 from tuner.training.schedule import build_schedule
+from tuner.training.step_forward import StepForward
 from tuner.trial import EpochResult, TrialParams
 
 
@@ -46,6 +49,8 @@ class TrainingJob:
     """None only for ``train_only``."""
     preprocessing: Preprocessing
     device: torch.device
+    compiler: Compiler | None = None
+    """Compiles the model for its training steps; None trains it as it is."""
 
 
 class Diverged(Exception):  # noqa: N818 - the name of what happened to the trial, no mistake of the user or of ours
@@ -95,6 +100,21 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
             if on_epoch is not None:
                 on_epoch(epoch, loss)
     job.model.eval()
+
+
+def take_steps(job: TrainingJob) -> Generator[int, None, None]:
+    """Take a trial's training steps for as long as they are asked for, and never look at what they show.
+
+    Args:
+        job: Its ``val`` is not used.
+
+    Yields:
+        Each step's number of images. On CUDA the step may not have been computed yet.
+    """
+    training = _Training(job)
+    with _dropping_inputs(job, training.dropout):
+        for epoch in itertools.count(1):
+            yield from training.walk_epoch(epoch)
 
 
 def _train_and_validate(
@@ -153,6 +173,9 @@ class _Training:
             generators={"order": self._order, "dropout": self.dropout},
             device=job.device,
         )
+        self._forward = StepForward(
+            self._model, params.backbone, job.device, dropout=self.dropout, compiler=job.compiler
+        )
         self._normalise = build_normaliser(job.preprocessing, job.device, self._dtype)
         self._class_weights = None
         if params.class_weights == "balanced":
@@ -176,12 +199,20 @@ class _Training:
             raise diverged
         return average_losses(per_step, [len(rows) for rows in batches])
 
+    def walk_epoch(self, epoch: int) -> Iterator[int]:
+        """Train on every image once, yielding each step's number of images."""
+        self._model.train()
+        draws = self._draw_known(epoch)
+        for rows in shuffle_batches(self._job.train, self._job.params.batch_size, self._order):
+            self._take_step(rows, draws)
+            yield len(rows)
+
     def _draw_known(self, epoch: int) -> Tensor | None:
         """Return the draws of the epoch's view for all training images, where they are; None if there is no view."""
         if not self._job.params.shows_known_images or (view := find_view(self._job.params, epoch)) is None:
             return None
         draws = draw_view(view.seed, self._job.train.rows, view=view.number, strength=view.strength)
-        return draws.to(self._job.train.labels.device)
+        return send_ahead(draws, self._job.train.labels.device)
 
     def _take_step(self, rows: Tensor, known_draws: Tensor | None) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
@@ -193,7 +224,7 @@ class _Training:
                 pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
             )
         with autocast(device):
-            logits = self._model(self._normalise(pixels))
+            logits = self._forward(self._normalise(pixels))
         loss = functional.cross_entropy(
             logits.to(self._dtype), labels, weight=self._class_weights, label_smoothing=params.label_smoothing
         )
