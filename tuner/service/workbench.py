@@ -30,7 +30,7 @@ class Workbench:
     ) -> None:
         self.spec, self.data, self.n_threads, self.note = spec, data, n_threads, note
         self.device = _take_device(device)
-        self.compiler = Compiler(note) if spec.workers.compile else None
+        self.compiler = Compiler(note) if spec.workers.torch_compile else None
         """Of all trials that train on images."""
         self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
         self._whole: tuple[str, ImageSet] | None = None

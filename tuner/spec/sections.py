@@ -230,8 +230,8 @@ class WorkersSection(Section):
     """auto: every CUDA device, else CPU; or ["cuda:0", "cuda:1"], "cuda:0", "cpu"."""
     per_device: Annotated[Literal["auto"] | int, BeforeValidator(_check_sharing)] = 1
     """Workers that share one CUDA device. auto: before the first trial a probe tries up to 4 and takes what pays."""
-    compile: bool = False
-    """torch.compile each trial's model for its training steps; the first trial of each shape takes a minute longer."""
+    torch_compile: bool = False
+    """Compile each trial's model for its training steps; the first trial of each shape takes a minute longer."""
     stall_limit: Annotated[float, BeforeValidator(parse_duration)] = 300.0
     """Silence after which a worker counts as hanging: it is ended, replaced, and its trial queued again."""
     checkpoint_every: Annotated[float, BeforeValidator(parse_duration)] = 60.0
