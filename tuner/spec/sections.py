@@ -231,7 +231,7 @@ class WorkersSection(Section):
     per_device: Annotated[Literal["auto"] | int, BeforeValidator(_check_sharing)] = 1
     """Workers that share one CUDA device. auto: before the first trial a probe tries up to 4 and takes what pays."""
     torch_compile: bool = False
-    """Compile each trial's model for its training steps; the first trial of each shape takes a minute or more longer."""
+    """Compile each trial's model for its training steps; the first trial of each shape takes minutes longer."""
     stall_limit: Annotated[float, BeforeValidator(parse_duration)] = 300.0
     """Silence after which a worker counts as hanging: it is ended, replaced, and its trial queued again."""
     checkpoint_every: Annotated[float, BeforeValidator(parse_duration)] = 60.0

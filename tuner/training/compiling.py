@@ -16,8 +16,8 @@ _MAX_VARIANTS = 64
 """Numbers of unfrozen layers, batch sizes and backbones that one process keeps compiled. With torch's own 8 a search
 would soon train uncompiled, and nobody would be told."""
 _GRADIENT_TOLERANCES = {torch.float64: 1e-6, torch.float32: 3e-2, torch.bfloat16: 3e-1}
-"""Norm of the difference over the norm of the plain model's. What this is to find are wrong kernels, not rounding: a ReLU
-that it turned over put the plain float32 gradients of a MobileNet 2e-3 off those of float64."""
+"""Norm of the difference over the norm of the plain model's. This is to find wrong kernels, not rounding, which by
+turning a ReLU over put the plain float32 gradients of a MobileNet 2e-3 off those of float64."""
 
 
 class Compiler:
