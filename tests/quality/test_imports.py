@@ -34,6 +34,7 @@ WORKER_SIDE = {
     "prefix_banks",
     "workbench",
     "outcomes",
+    "step_probe",
     "study_data",
 }
 TORCH_ROOMS = {"data", "models", "training", "production"} | {f"service.{name}" for name in WORKER_SIDE}

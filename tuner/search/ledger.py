@@ -1,6 +1,6 @@
 """The bill of a study: seconds of devices by what they went into, over all runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +28,11 @@ class RunCost:
     n_devices: float
     """Held: GPUs, or CPU cores."""
     build_seconds: float
-    """Of devices: decoding images, fetching or pretraining weights."""
+    """Of devices: decoding images, fetching or pretraining weights, probing how many workers share a device."""
+    per_device: int | None = None
+    """Workers on each device, where a probe chose their number."""
+    probed_speeds: Sequence[float] = ()
+    """Images per second that one worker, two workers and so on trained together in that probe."""
 
     @property
     def device_seconds(self) -> float:

@@ -46,6 +46,17 @@ class Prepare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Take training steps of a recipe and forget what they did; answered by ``Probed``."""
+
+    data_hash: str
+    """What the data must still be."""
+    params: TrialParams
+    seconds: float
+    """How long to take steps that count. A recipe that the last probe did not have is made ready first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train trials; an ``EpochDone`` for each epoch waits for a ``Verdict``, and a ``TrialDone`` ends each trial.
 
@@ -139,6 +150,17 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What a probe showed."""
+
+    images_per_second: float = 0.0
+    memory: tuple[tuple[int, int], ...] = ()
+    """Bytes that this worker holds of the host, and of a CUDA device, each with what is free there besides."""
+    problem: str | None = None
+    """Why the recipe cannot be trained, in one line; nothing else is said then."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a long preparation is."""
 
@@ -200,7 +222,7 @@ class Crashed:
     traceback: str
 
 
-Request = Setup | Describe | Prepare | Train | Verdict
+Request = Setup | Describe | Prepare | Probe | Train | Verdict
 Reply = (
     Hello
     | Alive
@@ -208,6 +230,7 @@ Reply = (
     | Note
     | Progress
     | Prepared
+    | Probed
     | Started
     | EpochDone
     | TrialDone
@@ -247,6 +270,7 @@ _KINDS: dict[str, type[Message]] = {
         Setup,
         Describe,
         Prepare,
+        Probe,
         Train,
         Verdict,
         Hello,
@@ -255,6 +279,7 @@ _KINDS: dict[str, type[Message]] = {
         Note,
         Progress,
         Prepared,
+        Probed,
         Started,
         EpochDone,
         TrialDone,
@@ -265,6 +290,8 @@ _KINDS: dict[str, type[Message]] = {
 }
 _READERS: dict[str, Callable[[Any], Any]] = {
     "members": lambda pairs: tuple((number, TrialParams.from_json(params)) for number, params in pairs),
+    "params": TrialParams.from_json,
+    "memory": lambda pairs: tuple((held, free) for held, free in pairs),
     "results": lambda pairs: tuple((number, EpochResult(**result)) for number, result in pairs),
     "outcome": TrialOutcome.from_json,
     "usage": lambda values: Usage(**values),

@@ -38,7 +38,9 @@ class Plan:
     n_params: dict[str, int]
     weights: dict[str, str]
     devices: tuple[str, ...]
-    """One for each worker."""
+    """One for each worker; with ``probes_sharing`` each once."""
+    probes_sharing: bool
+    """Whether a probe is to say how many workers share each device."""
     store_bytes: int
     free_bytes: int
     estimated_seconds: float | None
@@ -71,7 +73,7 @@ def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | N
     with Pool(stall_limit=spec.workers.stall_limit) as pool:
         scouted = scout_study(pool, spec, n_workers=n_workers, timed=True, starts_workers=False)
     assert scouted is not None  # noqa: S101 - nothing asked it to stop
-    description = scouted.description
+    description, devices = scouted.description, [slot.device for slot in scouted.slots]
     n_stored = None
     if has_database:
         with use_storage(url) as opened:
@@ -91,7 +93,8 @@ def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | N
         group_counts=description.group_counts,
         n_params=description.n_params,
         weights=description.weights,
-        devices=tuple(slot.device for slot in scouted.slots),
+        devices=tuple(dict.fromkeys(devices) if scouted.probes_sharing else devices),
+        probes_sharing=scouted.probes_sharing,
         store_bytes=description.store_bytes,
         free_bytes=description.free_bytes,
         budget=spec.search.budget,
@@ -137,7 +140,7 @@ def describe_plan(plan: Plan) -> str:
             f"starts from {plan.weights[name]}"
             for name in plan.group_counts
         ),
-        f"workers: {len(plan.devices)} ({', '.join(plan.devices)})",
+        f"workers: {_describe_workers(plan)}",
         f"disk: {plan.store_bytes / _GIGABYTE:.2f} GB of decoded images, {plan.free_bytes / _GIGABYTE:.1f} GB free",
         f"time: {_describe_time(plan)}",
         *_describe_budget(plan),
@@ -145,6 +148,13 @@ def describe_plan(plan: Plan) -> str:
         *plan.notes,
     ]
     return "\n".join(lines)
+
+
+def _describe_workers(plan: Plan) -> str:
+    devices = ", ".join(plan.devices)
+    if plan.probes_sharing:
+        return f"auto: a probe says how many share each device ({devices})"
+    return f"{len(plan.devices)} ({devices})"
 
 
 def _describe_budget(plan: Plan) -> list[str]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from tuner.search.ledger import RUNS_ATTR, RunCost, read_ledger, read_runs
 from tuner.search.studies import StoredStudy
+from tuner.service.sharing import Sharing
 from tuner.service.slots import Slot, count_devices, count_sharing
 from tuner.spec.durations import Budget, format_seconds, parse_budget
 
@@ -49,6 +50,7 @@ class RunClock:
         self._build_seconds = 0.0
         self._slots = slots
         self._n_devices = count_devices(slots)
+        self._sharing: Sharing | None = None
 
     def weigh(self, slot: Slot | None, seconds: float) -> float:
         """Return the device-seconds of a worker's seconds."""
@@ -57,6 +59,11 @@ class RunClock:
     def add_build(self, slot: Slot | None, seconds: float) -> None:
         """Count a worker's seconds of preparing."""
         self._build_seconds += self.weigh(slot, seconds)
+
+    def settle(self, sharing: Sharing, slots: tuple[Slot, ...], seconds: float) -> None:
+        """Take what a probe has decided, and count the seconds that it took on one device."""
+        self._sharing, self._slots = sharing, slots
+        self._build_seconds += seconds
 
     def save(self, *, is_due: bool = True) -> None:
         """Store what the run has held so far, unless it was stored a moment ago."""
@@ -68,6 +75,8 @@ class RunClock:
                 wall_seconds=now - self._started,
                 n_devices=self._n_devices,
                 build_seconds=self._build_seconds,
+                per_device=self._sharing.n_workers if self._sharing else None,
+                probed_speeds=self._sharing.speeds if self._sharing else (),
             )
             self._study.set_user_attr(RUNS_ATTR, [asdict(each) for each in (*self._earlier, run)])
 

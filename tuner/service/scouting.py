@@ -9,7 +9,7 @@ from tuner.search.study_facts import StudyFacts
 from tuner.service.failures import MAX_IDLE_LOSSES, explain_loss
 from tuner.service.messages import Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker
-from tuner.service.slots import Slot, expects_cpu, list_slots, usable_cores
+from tuner.service.slots import Slot, expects_cpu, list_slots, probes_sharing, usable_cores
 from tuner.spec.sections import StudySpec
 from tuner.spec.space import Choices, IntRange
 
@@ -25,6 +25,8 @@ class Scouted:
     slots: tuple[Slot, ...]
     ready: frozenset[int]
     """Numbers of the workers that have said hello and may train."""
+    probes_sharing: bool = False
+    """Whether the slots are those of a probe that is to say how many workers share each device."""
 
 
 def scout_study(
@@ -59,7 +61,12 @@ def scout_study(
         scouting.listen()
     scouting.dismiss()
     check_description(spec, description)
-    return Scouted(description=description, slots=scouting.slots, ready=frozenset(scouting.ready))
+    return Scouted(
+        description=description,
+        slots=scouting.slots,
+        ready=frozenset(scouting.ready),
+        probes_sharing=probes_sharing(spec.workers, scouting.slots, n_workers),
+    )
 
 
 class _Scouting:
@@ -111,9 +118,7 @@ class _Scouting:
 
     def _start_workers(self, cuda_devices: Sequence[str]) -> None:
         """Start the workers that will train, unless they have started on these devices."""
-        slots = list_slots(self._spec.workers, cuda_devices, n_workers=self._n_workers)
-        n_screen = self._spec.search.screen * len(self._spec.backbone_names())
-        slots = slots[: self._spec.search.n_trials + n_screen]
+        slots = limit_slots(self._spec, list_slots(self._spec.workers, cuda_devices, n_workers=self._n_workers))
         if slots == self.slots:
             return
         for worker in set(self._pool.workers.values()) - {self._scout}:
@@ -131,6 +136,11 @@ class _Scouting:
             self.ready.add(self._scout.number)
         else:
             self._pool.stop(self._scout)
+
+
+def limit_slots(spec: StudySpec, slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+    """Return as many slots as the study has trials, at most."""
+    return slots[: spec.search.n_trials + spec.search.screen * len(spec.backbone_names())]
 
 
 def set_up(worker: Worker, spec: StudySpec, slot: Slot) -> None:

@@ -18,6 +18,7 @@ from tuner.service.messages import (
     Note,
     Prepare,
     Prepared,
+    Probed,
     Progress,
     Reply,
     Started,
@@ -26,6 +27,7 @@ from tuner.service.messages import (
     Verdict,
 )
 from tuner.service.pool import Pool, Worker
+from tuner.service.probing import SharingProbe
 from tuner.service.progress import (
     ActivityChanged,
     BestFound,
@@ -72,6 +74,7 @@ class SearchLoop:
         self._end = Deadline()
         self._data_hash = scouted.description.data_hash
         self._ready = set(scouted.ready)
+        self._unshared = scouted if scouted.probes_sharing else None
         self._jobs = deque(
             Prepare(data_hash=self._data_hash, backbone=name) for name in (None, *self._spec.backbone_names())
         )
@@ -145,6 +148,9 @@ class SearchLoop:
         if self._jobs or any(isinstance(job, Preparing) for job in self._busy.values()):
             self._prepare(idle)
             return True
+        if self._unshared is not None:
+            self._share_devices(self._unshared)
+            return True
         for worker in idle:
             if not self._start_trials(worker):
                 break
@@ -165,6 +171,20 @@ class SearchLoop:
             text = f"preparing {job.backbone or 'the images'}"
             self._display.show(ActivityChanged(worker=worker.number, text=text))
             worker.send(job)
+
+    def _share_devices(self, scouted: Scouted) -> None:
+        """Find how many workers share each device, now that there are images and weights to try it with."""
+        started = time.monotonic()
+        probe = SharingProbe(
+            self._pool,
+            self._spec,
+            scouted,
+            ready=self._ready,
+            display=self._display,
+            must_stop=lambda: self._signals.received is not None or self._supply.is_late,
+        )
+        self._clock.settle(*probe.decide(), time.monotonic() - started)
+        self._unshared = None
 
     def _start_trials(self, worker: Worker) -> bool:
         """Start a trial or a cohort; return whether there was one."""
@@ -219,7 +239,7 @@ class SearchLoop:
         match reply:
             case Hello():
                 self._ready.add(worker.number)
-            case Alive():
+            case Alive() | Probed():  # a probe that was given up is answered late
                 pass
             case Note():
                 self._display.show(Noted(text=reply.text))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import DeviceError
+from tuner.service.sharing import MAX_SHARING
 from tuner.spec.sections import WorkersSection
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -47,7 +48,7 @@ def _read_quota(cgroup: Path) -> float | None:
 def list_slots(
     workers: WorkersSection, cuda_devices: Sequence[str], *, n_workers: int | None = None, n_cores: int | None = None
 ) -> tuple[Slot, ...]:
-    """Return the slots of a run.
+    """Return the slots of a run; of one that probes, those that the probe needs (``probes_sharing``).
 
     Args:
         workers: The study file's section.
@@ -62,9 +63,34 @@ def list_slots(
     devices = _choose_devices(workers, len(cuda_devices))
     if devices == ("cpu",):
         return (Slot(device="cpu", n_threads=1),) * (n_workers or n_cores)
-    n_slots = n_workers or len(devices) * workers.per_device
-    n_threads = max(1, n_cores // n_slots)
-    return tuple(Slot(device=devices[number % len(devices)], n_threads=n_threads) for number in range(n_slots))
+    if workers.per_device == "auto" and n_workers is None:
+        # One device is tried with all that may share it; they start while the data and the backbones are looked at.
+        n_tried = max(1, min(MAX_SHARING, n_cores // len(devices)))
+        return _deal((*devices, *devices[:1] * (n_tried - 1)), n_cores)
+    per_device = 1 if workers.per_device == "auto" else workers.per_device
+    n_slots = n_workers or len(devices) * per_device
+    return _deal([devices[number % len(devices)] for number in range(n_slots)], n_cores)
+
+
+def _deal(devices: Sequence[str], n_cores: int) -> tuple[Slot, ...]:
+    n_threads = max(1, n_cores // len(devices))
+    return tuple(Slot(device=device, n_threads=n_threads) for device in devices)
+
+
+def probes_sharing(workers: WorkersSection, slots: Sequence[Slot], n_workers: int | None) -> bool:
+    """Whether a probe is to say how many workers share each device.
+
+    Args:
+        workers: The study file's section.
+        slots: Of ``list_slots``.
+        n_workers: Number of workers asked for on the command line, which decides.
+    """
+    return workers.per_device == "auto" and n_workers is None and slots[0].device != "cpu"
+
+
+def share_slots(slots: Sequence[Slot], per_device: int, *, n_cores: int | None = None) -> tuple[Slot, ...]:
+    """Return the slots with which each device of some slots is shared by as many workers."""
+    return _deal([*dict.fromkeys(slot.device for slot in slots)] * per_device, n_cores or usable_cores())
 
 
 def expects_cpu(workers: WorkersSection, drivers: Sequence[Path] = _GPU_DRIVERS) -> bool:

@@ -15,10 +15,11 @@ from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
 from tuner.service.admission import Admission
 from tuner.service.head_training import HeadTraining
-from tuner.service.messages import Coordinator, EpochDone, Started, Train, TrialDone, report_progress
+from tuner.service.messages import Coordinator, EpochDone, Probe, Probed, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
 from tuner.service.prefix_banks import PrefixBanks, Spending
 from tuner.service.slots import usable_cores
+from tuner.service.step_probe import StepProbe
 from tuner.service.study_data import compare_search_splits
 from tuner.service.workbench import Workbench
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
@@ -42,6 +43,7 @@ class TrainingSession:
         self._heads = HeadTraining(bench, coordinator)
         self._prefixes = PrefixBanks(bench, coordinator)
         self._admission = Admission(bench)
+        self._probe = StepProbe(bench.device, self._make_job)
 
     def check_data(self, data_hash: str) -> None:
         """Check that this worker sees the images that the first one described.
@@ -105,8 +107,18 @@ class TrainingSession:
         self._heads.release_memory()
         self._prefixes.release_memory()
 
+    def probe(self, request: Probe) -> Probed:
+        """Say how fast a recipe trains here while other workers train as well."""
+        try:
+            return self._probe.measure(request)
+        except Exception as error:
+            if comes_from_lost_device(error):
+                _give_up(error)
+            raise
+
     def train(self, request: Train) -> None:
         """Train the trials of a request, and say of each how it ended: what goes wrong in one is an outcome."""
+        self._probe.forget()
         try:
             if request.uses_features:
                 self._heads.train(request.members)
@@ -200,6 +212,7 @@ class TrainingSession:
             val=val,
             preprocessing=preprocessing,
             device=self._bench.device,
+            compiler=self._bench.compiler,
         )
 
     def _find_checkpoint(self, number: int, job: TrainingJob, checkpoint: str) -> CheckpointFile | None:

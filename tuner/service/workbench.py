@@ -15,6 +15,7 @@ from tuner.models.backbone import Preprocessing, read_preprocessing
 from tuner.service.messages import Verdict
 from tuner.service.study_data import StudyData
 from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.training.compiling import Compiler
 from tuner.training.package import Manifest, write_package
 from tuner.training.prepare import WeightsCache, prepare_model
 from tuner.training.pretrain import find_pretrained, pretrain_backbone
@@ -29,6 +30,8 @@ class Workbench:
     ) -> None:
         self.spec, self.data, self.n_threads, self.note = spec, data, n_threads, note
         self.device = _take_device(device)
+        self.compiler = Compiler(note) if spec.workers.torch_compile else None
+        """Of all trials that train on images."""
         self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
         self._whole: tuple[str, ImageSet] | None = None
         self._weights = WeightsCache()

@@ -29,6 +29,7 @@ from tuner.service.messages import (
     Note,
     Prepare,
     Prepared,
+    Probe,
     Refused,
     Reply,
     Setup,
@@ -128,6 +129,9 @@ def serve(line: Line) -> Never:
                 session.check_data(request.data_hash)
                 session.prepare(request.backbone)
                 line.send(Prepared(backbone=request.backbone))
+            case Probe() as request:
+                session.check_data(request.data_hash)
+                line.send(session.probe(request))
             case Train() as request:
                 session.check_data(request.data_hash)
                 session.train(request)

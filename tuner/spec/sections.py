@@ -78,6 +78,13 @@ def _check_views(value: Any) -> Any:
     raise ValueError('must be "fresh" or a whole number of views, at least 1')
 
 
+def _check_sharing(value: Any) -> Any:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value == "auto" or (is_whole and value >= 1):
+        return value
+    raise ValueError("must be at least 1" if is_whole else 'must be "auto" or a whole number, at least 1')
+
+
 def _as_devices(value: Any) -> tuple[str, ...]:
     devices = (value,) if isinstance(value, str) else value
     good = isinstance(devices, list | tuple) and len(devices) > 0
@@ -222,10 +229,12 @@ class WorkersSection(Section):
 
     devices: Annotated[tuple[str, ...], BeforeValidator(_as_devices)] = ("auto",)
     """auto: every CUDA device, else CPU; or ["cuda:0", "cuda:1"], "cuda:0", "cpu"."""
-    per_device: Annotated[int, _within(1)] = 1
-    """Workers that share one CUDA device."""
+    per_device: Annotated[Literal["auto"] | int, BeforeValidator(_check_sharing)] = 1
+    """Workers that share one CUDA device. auto: before the first trial a probe tries up to 4 and takes what pays."""
     prefix_cache: Literal["auto", "always", "never"] = "auto"
     """What frozen layers make of known images is kept: auto where it saves time, always where it is exact, or never."""
+    torch_compile: bool = False
+    """Compile each trial's model for its training steps; the first trial of each shape takes minutes longer."""
     stall_limit: Annotated[float, BeforeValidator(parse_duration)] = 300.0
     """Silence after which a worker counts as hanging: it is ended, replaced, and its trial queued again."""
     checkpoint_every: Annotated[float, BeforeValidator(parse_duration)] = 60.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tuner.training.batches import count_batches, draw_order, start_order
+from tuner.training.device import send_ahead
 from tuner.training.dropout import draw_kept, start_dropout
 from tuner.training.loop import (
     Diverged,
@@ -193,7 +194,7 @@ class _Cohort:
     def run_epoch(self, features: Tensor, epoch: int) -> list[float | Diverged]:
         """Train every head on every image once; return each one's mean training loss over the images."""
         orders = [draw_order(len(self._job.labels), generator) for generator in self._orders]
-        rows = torch.stack(orders).to(self._job.device)  # (n_trials, n_train)
+        rows = send_ahead(torch.stack(orders), self._job.device)  # (n_trials, n_train)
         first_step = (epoch - 1) * len(self._sizes)
         losses = [
             self._take_step(features, batch, self._rates[first_step + step])

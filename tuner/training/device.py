@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tuner.errors import DeviceError
 
@@ -45,7 +46,22 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 MEMORY_FORMAT = torch.channels_last
 """How images and convolutions lie in memory. Tensor cores want the channels last; on a CPU a training step of a
 MobileNet took 0.69 to 0.76 of the time that it took with the channels first; other backbones were level or, resnet18
-in one of two measurements, up to a third slower."""
+in one of two measurements, up to a third slower.
+
+cuDNN chooses its kernels by its heuristics: ``torch.backends.cudnn.benchmark`` stays off. It times kernels anew for
+each shape in each process, which trials of seconds, each with its own batch size and last batch, would pay again and
+again; and which kernel computes a trial, and so its rounding, would depend on what else ran on the device meanwhile."""
+
+
+def send_ahead(values: Tensor, device: torch.device) -> Tensor:
+    """Return values on a device without waiting for it: CUDA copies pinned memory while the host goes on.
+
+    torch's pinned allocator keeps the buffer until the copy is done. From memory that is not pinned torch would wait
+    until the device has done all that it was asked for before.
+    """
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def seed_everything(seed: int) -> None:

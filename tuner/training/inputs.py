@@ -1,5 +1,6 @@
 """What a trial's model is fed, by the batch: images as an epoch shows them, or what its frozen prefix made of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,13 +19,16 @@ from tuner.training.batches import (
     predict_logits,
     take_batch,
 )
-from tuner.training.device import autocast
+from tuner.training.device import autocast, send_ahead
 from tuner.training.prefix_maps import CachedPrefix
 from tuner.trial import TrialParams
 
 
 class Inputs(Protocol):
     """Where the inputs of a trial's steps come from. Mutable: it knows the epoch."""
+
+    forward: Callable[[Tensor], Tensor]
+    """From what ``take`` returns to logits, in the mode that the model is in; autocast is the caller's."""
 
     def start_epoch(self, epoch: int) -> None:
         """Show the training images as an epoch, from 1, does."""
@@ -39,9 +43,6 @@ class Inputs(Protocol):
             rows: Which ones: a batch, or a part of one.
             draws: Theirs, of ``draw`` for the whole batch.
         """
-
-    def run(self, inputs: Tensor) -> Tensor:
-        """Return the logits of what ``take`` returned, in the mode that the model is in."""
 
     def predict(self, val: ImageSet) -> Tensor:
         """Return the logits of the validation images, in their order, and leave the model in eval mode."""
@@ -68,6 +69,7 @@ class ImageInputs:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self.forward: Callable[[Tensor], Tensor] = source.model
         self._dtype = find_dtype(source.model)
         self._normalise = build_normaliser(source.preprocessing, source.device, self._dtype)
         self._known_draws: Tensor | None = None
@@ -78,7 +80,7 @@ class ImageInputs:
         self._known_draws = None
         if params.shows_known_images and (view := find_view(params, epoch)) is not None:
             draws = draw_view(view.seed, train.rows, view=view.number, strength=view.strength)
-            self._known_draws = draws.to(train.labels.device)
+            self._known_draws = send_ahead(draws, train.labels.device)
 
     def draw(self, rows: Tensor) -> Tensor | None:
         """Draw a batch's augmentation, or look it up."""
@@ -96,12 +98,6 @@ class ImageInputs:
             )
         return self._normalise(pixels)
 
-    def run(self, inputs: Tensor) -> Tensor:
-        """Return the logits of images, shape ``(n, n_classes)``."""
-        with autocast(self._source.device):
-            logits: Tensor = self._source.model(inputs)
-        return logits
-
     def predict(self, val: ImageSet) -> Tensor:
         """Return the logits of the validation images."""
         source = self._source
@@ -114,7 +110,7 @@ class MapInputs:
     def __init__(self, source: Source, cached: CachedPrefix) -> None:
         self._source, self._cached = source, cached
         self._dtype = find_dtype(source.model)
-        self._suffix = cached.partition.bind_suffix(source.model)
+        self.forward = cached.partition.bind_suffix(source.model)
         self._prefix = cached.partition.bind_prefix(source.model)
         self._images = ImageInputs(source)
         self._maps: Tensor | None = None
@@ -133,21 +129,16 @@ class MapInputs:
         if self._maps is None:
             with torch.no_grad(), autocast(self._source.device):
                 return self._prefix(self._images.take(rows, draws))
-        return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
-
-    def run(self, inputs: Tensor) -> Tensor:
-        """Return the logits of packed maps, shape ``(n, n_classes)``."""
-        with autocast(self._source.device):
-            return self._suffix(inputs)
+        return gather_rows(self._maps, send_ahead(rows, self._maps.device), self._source.device)
 
     def predict(self, val: ImageSet) -> Tensor:
         """Return the logits of the validation images."""
         source = self._source
         source.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), autocast(source.device):
             batches = list_eval_batches(val, self._cached.val.device, source.eval_batch_size)
             taken = (gather_rows(self._cached.val, rows.to(self._cached.val.device), source.device) for rows in batches)
-            return torch.cat([self.run(maps).to(self._dtype) for maps in taken])
+            return torch.cat([self.forward(maps).to(self._dtype) for maps in taken])
 
 
 def find_inputs(source: Source, cached: CachedPrefix | None) -> Inputs:

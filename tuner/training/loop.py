@@ -1,5 +1,6 @@
 """Train one trial, epoch by epoch."""
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +23,15 @@ from tuner.training.batches import (
     start_order,
 )
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, MovingParts
-from tuner.training.device import MEMORY_FORMAT, seed_everything
+from tuner.training.compiling import Compiler
+from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything
 from tuner.training.dropout import draw_kept, start_dropout
 from tuner.training.inputs import Source, find_inputs
 from tuner.training.metrics import Scores, score_logits
 from tuner.training.optimizer import build_optimizer
 from tuner.training.prefix_maps import CachedPrefix
 from tuner.training.schedule import build_schedule
+from tuner.training.step_forward import StepForward
 from tuner.trial import EpochResult, TrialParams
 
 
@@ -52,6 +55,8 @@ class TrainingJob:
     The step is the whole batch's up to rounding, unless the model ``depends_on_batch``. Dropped inputs of the head are
     the same too on a CPU if those of each part are a multiple of four. What a backbone drops by itself (dropout,
     drop-path) is drawn for each part: the same in distribution alone, as any other seed is."""
+    compiler: Compiler | None = None
+    """Compiles the model for its training steps; None trains it as it is."""
 
 
 class Diverged(Exception):  # noqa: N818 - the name of what happened to the trial, no mistake of the user or of ours
@@ -101,6 +106,21 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
             if on_epoch is not None:
                 on_epoch(epoch, loss)
     job.model.eval()
+
+
+def take_steps(job: TrainingJob) -> Generator[int, None, None]:
+    """Take a trial's training steps for as long as they are asked for, and never look at what they show.
+
+    Args:
+        job: Its ``val`` is not used.
+
+    Yields:
+        Each step's number of images. On CUDA the step may not have been computed yet.
+    """
+    training = _Training(job)
+    with _dropping_inputs(job, training.dropout):
+        for epoch in itertools.count(1):
+            yield from training.walk_epoch(epoch)
 
 
 def _train_and_validate(
@@ -169,6 +189,14 @@ class _Training:
             eval_batch_size=job.micro_batch or params.batch_size,
         )
         self.inputs = find_inputs(source, job.cached)
+        self._forward = StepForward(
+            self._model,
+            self.inputs.forward,
+            params.backbone,
+            job.device,
+            dropout=self.dropout,
+            compiler=job.compiler,
+        )
         self._class_weights = None
         if params.class_weights == "balanced":
             self._class_weights = weigh_classes(job.train.labels, job.train.n_classes).to(job.device, self._dtype)
@@ -190,6 +218,14 @@ class _Training:
         if diverged := find_divergence(per_step, epoch):
             raise diverged
         return average_losses(per_step, [len(rows) for rows in batches])
+
+    def walk_epoch(self, epoch: int) -> Iterator[int]:
+        """Train on every image once, yielding each step's number of images."""
+        self._model.train()
+        self.inputs.start_epoch(epoch)
+        for rows in shuffle_batches(self._job.train, self._job.params.batch_size, self._order):
+            self._take_step(rows)
+            yield len(rows)
 
     def _take_step(self, rows: Tensor) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
@@ -213,8 +249,10 @@ class _Training:
         for start in range(0, len(rows), micro_batch):
             part = slice(start, start + micro_batch)
             inputs = self.inputs.take(rows[part], None if draws is None else draws[part])
+            with autocast(self._job.device):
+                logits = self._forward(inputs)
             loss = functional.cross_entropy(
-                self.inputs.run(inputs).to(self._dtype),
+                logits.to(self._dtype),
                 labels[part],
                 weight=self._class_weights,
                 label_smoothing=self._job.params.label_smoothing,

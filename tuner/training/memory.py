@@ -188,6 +188,7 @@ def _shrink(job: TrainingJob, batch_size: int) -> TrainingJob:
         val=_repeat_images(shown, n_val),
         cached=_shrink_maps(job.cached, 2 * batch_size, n_val),
         micro_batch=None,
+        compiler=None,
     )
 
 

@@ -12,6 +12,8 @@ from tuner.service.messages import (
     Hello,
     Lines,
     Message,
+    Probe,
+    Probed,
     Progress,
     Train,
     TrialDone,
@@ -57,6 +59,9 @@ MESSAGES: list[Message] = [
         outcome=TrialOutcome(state=TrialState.FAIL, reason=Reason.ERROR, message="a\nb", traceback="line\nline"),
     ),
     Hello(cuda_devices=("A", "B")),
+    Probe(data_hash="x", params=PARAMS, seconds=0.5),
+    Probed(images_per_second=12.5, memory=((2**40, 1), (3, 4))),
+    Probed(problem="out of memory"),
 ]
 
 

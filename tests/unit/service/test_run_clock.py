@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.search.builders import make_facts, make_spec, make_storage
-from tuner.search.ledger import RUNS_ATTR, RunCost, read_ledger
+from tuner.search.ledger import RUNS_ATTR, RunCost, read_ledger, read_runs
 from tuner.search.studies import StoredStudy, open_study
 from tuner.service.run_clock import RunClock, is_budget_spent
+from tuner.service.sharing import Sharing
 from tuner.service.slots import Slot
 
 CPU = (Slot(device="cpu", n_threads=1),) * 4
@@ -47,6 +48,18 @@ def test_device_time_is_shared_by_the_devices(tmp_path: Path, slots: tuple[Slot,
     later = time.monotonic()
     again = RunClock(stored, slots, started=later)
     assert again.whole_deadline().hard == pytest.approx(later + (3600 - ledger.held) / n_devices, abs=1)
+
+
+def test_probe_changes_what_a_workers_time_is_worth(tmp_path: Path) -> None:
+    """From then on two share a device; what was measured is kept with the run, and its time is that of one device."""
+    stored = open_with(tmp_path)
+    clock = RunClock(stored, (SHARED[0],) * 4, started=time.monotonic())
+    sharing = Sharing(device="cuda:0", n_workers=2, speeds=(100.0, 150.0, 152.0), reason="")
+    clock.settle(sharing, (SHARED[0],) * 2, 12.0)
+    assert clock.weigh(SHARED[0], 10.0) == 5.0
+    clock.save()
+    run = read_runs(stored.study.user_attrs)[-1]
+    assert (run.per_device, list(run.probed_speeds), run.build_seconds) == (2, [100.0, 150.0, 152.0], 12.0)
 
 
 def test_wall_time_is_not_shared(tmp_path: Path) -> None:

@@ -119,6 +119,17 @@ def test_workers_that_started_for_the_wrong_device_are_replaced(monkeypatch: pyt
     assert scouted.ready == frozenset()
 
 
+def test_workers_that_a_probe_needs_start_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that may share the first device, and one on each other device; no more than there are trials."""
+    monkeypatch.setattr("tuner.service.slots.usable_cores", lambda: 16)
+    scouted = scout(StandInPool("A", "B"), make_spec(devices="auto", per_device="auto"))
+    assert scouted.probes_sharing
+    assert [slot.device for slot in scouted.slots] == ["cuda:0", "cuda:1", "cuda:0", "cuda:0", "cuda:0"]
+    told = scout(StandInPool("A", "B"), make_spec(devices="auto", per_device="auto"), n_workers=2)
+    assert not told.probes_sharing
+    assert [slot.device for slot in told.slots] == ["cuda:0", "cuda:1"]
+
+
 @pytest.mark.parametrize("lost", [[0], [1], [0, 2]])
 def test_workers_that_are_lost_are_replaced(lost: list[int]) -> None:
     """The scout by another scout, the others by others in their slots."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tuner.errors import DeviceError
-from tuner.service.slots import bind, expects_cpu, list_slots, usable_cores
+from tuner.service.slots import Slot, bind, expects_cpu, list_slots, probes_sharing, share_slots, usable_cores
 from tuner.spec.sections import WorkersSection
 
 
@@ -33,6 +33,41 @@ def test_per_device_multiplies_the_workers_of_cuda() -> None:
     slots = list_slots(make_workers(per_device=2), ("A", "B"), n_cores=2)
     assert [slot.device for slot in slots] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert {slot.n_threads for slot in slots} == {1}
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "n_cores", "devices"),
+    [
+        (1, 16, ["cuda:0"] * 4),
+        (1, 2, ["cuda:0"] * 2),
+        (2, 6, ["cuda:0", "cuda:1", "cuda:0", "cuda:0"]),
+        (2, 1, ["cuda:0", "cuda:1"]),
+    ],
+)
+def test_auto_starts_what_a_probe_of_the_first_device_needs(n_devices: int, n_cores: int, devices: list[str]) -> None:
+    """Up to four, as far as the cores go; the other devices first get one each."""
+    workers = make_workers(per_device="auto")
+    slots = list_slots(workers, ("A",) * n_devices, n_cores=n_cores)
+    assert [slot.device for slot in slots] == devices
+    assert probes_sharing(workers, slots, None)
+
+
+def test_auto_probes_neither_the_cpu_nor_what_the_command_line_says() -> None:
+    """A core is a worker, and --workers is a decision."""
+    workers = make_workers(per_device="auto")
+    assert [slot.device for slot in list_slots(workers, (), n_cores=3)] == ["cpu"] * 3
+    assert not probes_sharing(workers, list_slots(workers, (), n_cores=3), None)
+    dealt = list_slots(workers, ("A", "B"), n_workers=3, n_cores=8)
+    assert [slot.device for slot in dealt] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert not probes_sharing(workers, dealt, 3)
+    assert not probes_sharing(make_workers(per_device=4), dealt, None)
+
+
+def test_share_slots_gives_every_device_as_many_workers() -> None:
+    """Each device of the probe's slots, however many workers tried it; the cores are dealt anew."""
+    tried = [Slot(device=device, n_threads=1) for device in ("cuda:0", "cuda:1", "cuda:0", "cuda:0")]
+    shared = share_slots(tried, 2, n_cores=8)
+    assert [(slot.device, slot.n_threads) for slot in shared] == [("cuda:0", 2), ("cuda:1", 2)] * 2
 
 
 def test_n_workers_of_the_command_line_is_dealt_to_the_devices() -> None:

@@ -72,6 +72,15 @@ def list_lines(more: str, base: str = MINIMAL) -> list[str]:
             "pretraining.data.sorce: unknown key; did you mean 'source'?",
         ),
         ("[workers]\nper_device = 0", "workers.per_device: must be at least 1, got 0"),
+        (
+            '[workers]\nper_device = "some"',
+            "workers.per_device: must be \"auto\" or a whole number, at least 1, got 'some'",
+        ),
+        (
+            "[workers]\nper_device = 1.5",
+            'workers.per_device: must be "auto" or a whole number, at least 1, got 1.5',
+        ),
+        ("[workers]\ntorch_compile = 1", "workers.torch_compile: must be true or false, got 1"),
         ("[search]\nn_trials = true", "search.n_trials: must be a whole number, got True"),
         ("[search]\nn_trials = 0", "search.n_trials: must be at least 1, got 0"),
         (

@@ -41,6 +41,12 @@ def test_workers_refuse_odd_devices(value: object, problem: str) -> None:
         WorkersSection.model_validate({"devices": value})
 
 
+@pytest.mark.parametrize("value", ["auto", 1, 3])
+def test_workers_read_how_many_share_a_device(value: object) -> None:
+    """A number, or auto."""
+    assert WorkersSection.model_validate({"per_device": value}).per_device == value
+
+
 @pytest.mark.parametrize("value", [{"a": float("inf")}, {"a": [float("nan")]}, {"a": {"b": 10**400}}, {"a": b"x"}])
 def test_backbone_refuses_kwargs_that_json_would_change(value: dict[str, Any]) -> None:
     """Workers read the spec as JSON, where inf would become null."""
