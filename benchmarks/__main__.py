@@ -5,7 +5,18 @@ import os
 import signal
 import sys
 
-from benchmarks.cases import decode, faults, fuzz, growth, honesty, memory, search_speed, step_overhead, trial_book
+from benchmarks.cases import (
+    decode,
+    faults,
+    fuzz,
+    growth,
+    head_start,
+    honesty,
+    memory,
+    search_speed,
+    step_overhead,
+    trial_book,
+)
 from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
 from benchmarks.search_settings import NAME as SEARCH_SPEED
@@ -23,12 +34,12 @@ CASES = {
         fuzz.CASE,
     )
 }
-"""Those of one table; ``search_speed`` and ``honesty`` have a result of their own."""
+"""Those of one table; ``search_speed``, ``honesty`` and ``head_start`` have a result of their own."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the named cases, or all. Smoke mode is small, and keeps nothing."""
-    known = (*CASES, SEARCH_SPEED, honesty.NAME)
+    known = (*CASES, SEARCH_SPEED, honesty.NAME, head_start.NAME)
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--smoke", action="store_true", help="seconds, with tiny data; keeps nothing")
@@ -52,6 +63,9 @@ def main(arguments: list[str]) -> int:
             continue
         if name == honesty.NAME:
             honesty.main(options)
+            continue
+        if name == head_start.NAME:
+            head_start.main(options)
             continue
         case = cases[name]
         repeats = 1 if options.smoke else options.repeats or case.n_repeats

@@ -13,6 +13,8 @@ from tuner.data.store import open_store
 from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
+from tuner.service.feature_banks import FeatureBanks
+from tuner.service.head_starts import HeadStarts
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
@@ -37,7 +39,8 @@ class TrainingSession:
     def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
         self._bench, self._spec, self._data = bench, bench.spec, bench.data
         self._coordinator = coordinator
-        self._heads = HeadTraining(bench, coordinator)
+        banks = FeatureBanks(bench, coordinator)
+        self._heads, self._head_starts = HeadTraining(bench, coordinator, banks), HeadStarts(bench, banks)
 
     def check_data(self, data_hash: str) -> None:
         """Check that this worker sees the images that the first one described.
@@ -133,6 +136,8 @@ class TrainingSession:
         saved = None if file is None else file.read(job.model)
         if saved is not None and not self._replay(number, saved):
             return TrialDone(number=number, outcome=outcome)
+        if saved is None:
+            self._head_starts.give(job)
         self._coordinator.send(Started())
         for result, scores in train_epochs(job, file, saved):
             verdict = self._coordinator.ask_verdict(EpochDone(results=((number, result),)))
@@ -148,9 +153,10 @@ class TrainingSession:
         seen: list[Scores] = []
         kept = False
         for which, repeat in enumerate(repeats):
-            job = self._make_job(replace(params, seed=repeat.seed), repeat)
+            job = self._make_job(params.with_seed(repeat.seed), repeat)
             if which == 0:
                 self._coordinator.send(Started())  # the time of a trial is that of all its trainings
+            self._head_starts.train_on_images(job)
             for result, scores in train_epochs(job):
                 done = EpochDone(results=((number, replace(result, repeat=which)),))
                 verdict = self._coordinator.ask_verdict(done)
