@@ -14,15 +14,11 @@ _HEAD_ALONE = 1
 
 
 class HeadStarts:
-    """Adds heads' recipes to those of trials. Mutable: it remembers what the screen has shown until that changes."""
+    """Adds heads' recipes to those of trials. Mutable: it remembers what the screen has shown once that is over."""
 
     def __init__(self, study: optuna.Study, spec: StudySpec) -> None:
         self._study, self._spec = study, spec
         self._best: dict[str, HeadStart] | None = None
-
-    def forget(self) -> None:
-        """Look at the screen anew, since one of its trials has ended."""
-        self._best = None
 
     def add(self, params: TrialParams, *, first_attempt: FrozenTrial | None, is_screening: bool) -> TrialParams:
         """Return a proposed trial's recipe with what its head is to start from, if it is to.

@@ -288,7 +288,6 @@ class TrialBook:
             self._n_finished += state is not TrialState.FAIL
             return
         self._running_screen.remove(number)
-        self._head_starts.forget()
         self._follow_screen()
 
     def origin(self, number: int) -> int:

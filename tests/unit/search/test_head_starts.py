@@ -101,15 +101,22 @@ def test_trials_that_were_asked_during_the_screen_start_without(tmp_path: Path) 
     running = []
     while book.queue.next_is_screen:
         running.append(ask(book)[0])
+    for head in running[:2]:  # one of each backbone
+        book.report(head, make_epoch(1, 0.1))
+        book.tell(head, COMPLETE)
     number, params = ask(book)
     assert params.unfrozen_layers > 1
     assert params.head_start is None
-    for head in running:
+    for head in running[2:]:
         book.report(head, make_epoch(1, 0.5))
         book.tell(head, COMPLETE)
     book.tell(number, LOST)
-    attempts = [params for params in ask_deeper(book) if params.seed == stored_seed(stored, number)]
-    assert [each.head_start for each in attempts] == [None]
+    asked = ask_deeper(book)
+    assert [each.head_start for each in asked if each.seed == stored_seed(stored, number)] == [None]
+    bad = {stored_seed(stored, head) for head in running[:2]}
+    later = [each.head_start for each in asked if each.unfrozen_layers > 1 and each.seed != stored_seed(stored, number)]
+    assert later
+    assert all(head is not None and head.seed not in bad for head in later)
 
 
 def stored_seed(stored: StoredStudy, number: int) -> int:
