@@ -28,6 +28,7 @@ WORKER_SIDE = {
     "describing",
     "training_session",
     "head_training",
+    "head_starts",
     "feature_banks",
     "workbench",
     "outcomes",
