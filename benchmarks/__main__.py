@@ -10,6 +10,7 @@ from benchmarks.cases import (
     faults,
     fuzz,
     growth,
+    head_start,
     honesty,
     memory,
     prefix_cost,
@@ -39,7 +40,12 @@ CASES = {
     )
 }
 """Those of one table."""
-OWN_RESULTS = {SEARCH_SPEED: search_speed.main, honesty.NAME: honesty.main, views.NAME: views.main}
+OWN_RESULTS = {
+    SEARCH_SPEED: search_speed.main,
+    honesty.NAME: honesty.main,
+    views.NAME: views.main,
+    head_start.NAME: head_start.main,
+}
 """Those with a result of their own, which the same command goes on with."""
 
 

@@ -87,6 +87,31 @@ def make_material(folder: Path, *, dataset: str, image_size: int, smoke: bool) -
     )
 
 
+def lay_out_classes(images: Path, dataset: str, folder: Path, *, n_per_class: int) -> Path:
+    """Write a data set's images into class folders without its splits, which would be the same ones in every study.
+
+    Args:
+        images: Holds ``<data set>.zip``.
+        dataset: Its name.
+        folder: Where the data set's own folder is made.
+        n_per_class: Images of each class, at most; the first ones of the file.
+
+    Returns:
+        The folder of class folders.
+    """
+    place = folder / dataset
+    with zipfile.ZipFile(images / f"{dataset}.zip") as archive:
+        taken: dict[str, int] = {}
+        for member in sorted(name for name in archive.namelist() if name.count("/") == 3 and not name.endswith("/")):
+            _, split, label, file = member.split("/")
+            taken[label] = taken.get(label, 0) + 1
+            if taken[label] <= n_per_class:
+                target = place / label / f"{split}_{file}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(member))
+    return place
+
+
 def read_backbones(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the four MobileNets of a folder of weights, all trained on ImageNet."""
     backbones = {}

@@ -1,8 +1,33 @@
 """The words that travel between the coordinator and its workers: frozen, keyword-only, plain data."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadStart:
+    """How the head of a deeper trial is trained before all else, alone: linear probing, then fine-tuning (2202.10054).
+
+    Each field is the one of ``TrialParams``; what is not here, as the backbone and the views, is the trial's own.
+    """
+
+    lr: float
+    batch_size: int
+    augmentation_strength: float
+    optimizer: str
+    weight_decay: float
+    label_smoothing: float
+    dropout: float
+    warmup_fraction: float
+    momentum: float
+    epochs: int
+    seed: int
+
+    @classmethod
+    def take_from(cls, params: "TrialParams") -> Self:
+        """Return what another trial, which trains the head alone, is trained with."""
+        return cls(**{field.name: getattr(params, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +70,23 @@ class TrialParams:
     """``fresh``: every epoch augments each image anew; K >= 1: epoch e shows view e mod K of each image."""
     view_seed: int = 0
     """Seed of fixed views, the same in all trials of a study. In [0, 2**63)."""
+    head_start: HeadStart | None = None
+    """How the head is trained before the first epoch; None: the trial starts from the head as it is drawn."""
+
+    @property
+    def head_recipe(self) -> Self | None:
+        """The recipe of the training that makes the head which this trial starts from; None if there is none."""
+        if self.head_start is None:
+            return None
+        own = {field.name: getattr(self.head_start, field.name) for field in fields(self.head_start)}
+        return replace(self, unfrozen_layers=1, layer_decay=1.0, head_start=None, **own)
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the recipe for a training by another seed, of which the head that it starts from is drawn as well."""
+        if seed == self.seed:
+            return self
+        head_start = self.head_start and replace(self.head_start, seed=seed)
+        return replace(self, seed=seed, head_start=head_start)
 
     @property
     def shows_known_images(self) -> bool:
@@ -52,12 +94,18 @@ class TrialParams:
         return self.augmentation_strength == 0 or self.views != "fresh"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the params as a JSON object."""
-        return asdict(self)
+        """Return the params as a JSON object; a head start that there is not is left out, since TOML has no null."""
+        values = asdict(self)
+        if self.head_start is None:
+            del values["head_start"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Read what ``to_json`` wrote."""
+        """Read what ``to_json`` or ``dataclasses.asdict`` wrote."""
+        values = {"head_start": None, **values}
+        if (head_start := values["head_start"]) is not None:
+            values["head_start"] = HeadStart(**head_start)
         return cls(**values)
 
 

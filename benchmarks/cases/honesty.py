@@ -14,7 +14,6 @@ import argparse
 import json
 import tempfile
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.harness import describe_provenance, find_place, write_json
-from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE, empty_cache, find_folder, read_backbones
+from benchmarks.material import (
+    IMAGES_VARIABLE,
+    WEIGHTS_VARIABLE,
+    empty_cache,
+    find_folder,
+    lay_out_classes,
+    read_backbones,
+)
 from benchmarks.study_file import write_study_file
 
 NAME = "honesty"
@@ -80,16 +86,7 @@ def _make_digits_task(name: str, classes: list[str]) -> Task:
 
 
 def _make_photo_task(name: str, images: Path, folder: Path, backbone: Mapping[str, Any]) -> Task:
-    place = folder / name
-    with zipfile.ZipFile(images / f"{name}.zip") as archive:
-        taken: dict[str, int] = {}
-        for member in sorted(name for name in archive.namelist() if name.count("/") == 3 and not name.endswith("/")):
-            _, split, label, file = member.split("/")
-            taken[label] = taken.get(label, 0) + 1
-            if taken[label] <= _N_PER_CLASS[name]:  # splits as given would be the same ones in every study
-                target = place / label / f"{split}_{file}"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.read(member))
+    place = lay_out_classes(images, name, folder, n_per_class=_N_PER_CLASS[name])
     return Task(
         name=name,
         data={"source": "image_folder", "path": str(place), "image_size": 64},

@@ -125,3 +125,36 @@ def test_check_says_which_heads_cannot_use_kept_features(tmp_path: Path) -> None
     assert "train on images, not on kept features" in place.call("check", str(place.study_file))[1]
     place = make_heads(tmp_path, training="augmentation_strength = 0.5\nviews = 2")
     assert "kept features" not in place.call("check", str(place.study_file))[1]
+
+
+def test_deeper_trials_start_from_the_screens_head_up_to_production(tmp_path: Path) -> None:
+    """Over a kill: searched, confirmed on fresh seeds and retrained, each from a head of its own."""
+    place = make_heads(tmp_path, search="screen = 2", training='head_start = "screen"', n_trials=6)
+    text = place.study_file.read_text()
+    text = text.replace("unfrozen_layers = 1\n", "").replace("[space]\n", "[space]\nunfrozen_layers = [1, 2]\n")
+    place.study_file.write_text(text.replace("[1, 2]", "{ low = 1, high = 2 }"))
+    process = place.start_run()
+    wait_until(lambda: place.count_trials("COMPLETE", "PRUNED") >= 5)
+    kill(process.pid)
+    process.communicate()
+    code, output = place.run()
+    assert code == 0, output
+    trials = read_study(place).trials
+    recipes = {trial.number: trial.user_attrs["params_resolved"] for trial in trials}
+    deeper = {number for number, recipe in recipes.items() if recipe["unfrozen_layers"] > 1}
+    assert deeper
+    assert {number for number, recipe in recipes.items() if "head_start" in recipe} == deeper
+    heads = [recipes[trial.number]["seed"] for trial in trials if "screen" in trial.user_attrs]
+    assert {recipes[number]["head_start"]["seed"] for number in deeper} <= set(heads)
+    chosen = str(min(number for number in deeper if trials[number].state.name == "COMPLETE"))
+    code, output = place.call("confirm", "digits", "--top", "6", "--seeds", "2", "--allow-code")
+    assert code == 0, output
+    confirming = [trial.user_attrs for trial in read_study(place).trials if "confirms" in trial.user_attrs]
+    fresh = [each["params_resolved"] for each in confirming if each["confirms"]["trial"] in deeper]
+    assert fresh
+    assert all(recipe["head_start"]["seed"] == recipe["seed"] for recipe in fresh)
+    code, output = place.call("train", "digits", "--out", "model", "--allow-code", "--trial", chosen, "--device", "cpu")
+    assert code == 0, output
+    assert "the head alone, epoch 1 of " in output
+    card = json.loads((place.folder / "model" / "model_card.json").read_text())
+    assert card["recipe"]["head_start"] == recipes[int(chosen)]["head_start"]

@@ -35,6 +35,13 @@ def plain(num_classes: int) -> Net:
     return Net(num_classes)
 
 
+def normless(num_classes: int) -> Net:
+    """Return a net without BatchNorm, whose statistics here are not those of any images."""
+    net = Net(num_classes)
+    net.norm = nn.Identity()  # type: ignore[assignment]
+    return net
+
+
 def raising(num_classes: int) -> Net:
     """Return a net that fails on a whole batch of features, but not on the few images that are tried first."""
     return Net(num_classes, fails_after=12)

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.__main__ import CASES
 from benchmarks.arms import plain_script
+from benchmarks.cases.head_start import describe_head_start, run_head_start
+from benchmarks.cases.head_start import summarise as head_start_of
 from benchmarks.cases.honesty import describe_honesty, run_honesty
 from benchmarks.cases.honesty import summarise as honesty_of
 from benchmarks.cases.search_speed import run_search_speed
@@ -102,6 +104,47 @@ def test_default_views_are_the_fewest_from_which_on_none_is_worse() -> None:
     assert choose_default(good + make_entries({1: 0.0, 2: 0.0, 4: -0.02, 8: -0.001}, data="b")) == 8
     assert choose_default(make_entries({1: -0.009, 2: 0.0, 4: 0.0, 8: 0.0}, standard_error=0.01)) == 1
     assert choose_default(make_entries({1: 0.0, 2: 0.0, 4: 0.0, 8: -0.02})) is None
+
+
+@pytest.mark.slow
+def test_head_start_runs_its_pairs_in_smoke_mode_and_resumes(tmp_path: Path) -> None:
+    """Both arms of each pair are trained as long, and a second call has nothing to do."""
+    out = tmp_path / "result.json"
+    result = run_head_start(out, n_seeds=2, smoke=True)
+    assert len(result["runs"]) == 4
+    for run in result["runs"]:
+        assert len(run["none"]["val_accuracy"]) == len(run["screen"]["val_accuracy"]) == 2
+    assert run_head_start(out, n_seeds=2, smoke=True) == result
+    assert "by the rule a head start is " in describe_head_start(result)
+
+
+@pytest.mark.parametrize(
+    ("gains", "is_default"), [((0.1, 0.12), True), ((0.1, -0.05), False), ((-0.001, -0.001), False)]
+)
+def test_head_start_becomes_the_default_by_its_rule(gains: tuple[float, float], *, is_default: bool) -> None:
+    """A clear gain over all, and no data set that clearly loses, each arm at its own best learning rate."""
+    runs = [
+        {
+            "dataset": dataset,
+            "backbone": "b",
+            "depth": 2,
+            "lr": lr,
+            "seed": seed,
+            "none": {"val_accuracy": [0.5 + (lr == 1e-2) / 10], "seconds_before": 1.0, "seconds": 2.0},
+            "screen": {
+                "val_accuracy": [0.6 + gain + seed / 1000 - (lr == 1e-2) / 10],
+                "seconds_before": 1.5,
+                "seconds": 2.0,
+            },
+        }
+        for dataset, gain in zip(("x", "y"), gains, strict=True)
+        for lr in (1e-3, 1e-2)
+        for seed in (0, 1, 2)
+    ]
+    found = head_start_of(runs)
+    assert found["difference_by_epoch"][0]["mean"] == pytest.approx(sum(gains) / 2 + 0.001)
+    assert found["is_default"] is is_default
+    assert found["median_seconds_of_a_head_start"] == 0.5
 
 
 def test_plain_script_stands_alone() -> None:

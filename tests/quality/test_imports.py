@@ -29,6 +29,7 @@ WORKER_SIDE = {
     "describing",
     "training_session",
     "head_training",
+    "head_starts",
     "feature_banks",
     "open_banks",
     "prefix_banks",

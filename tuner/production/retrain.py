@@ -3,7 +3,6 @@
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -38,9 +37,10 @@ from tuner.production.train_result import NO_TEST, TrainResult, add_result_files
 from tuner.search.samplers import derive_seed
 from tuner.service.study_data import StudyData
 from tuner.training.batches import predict_logits
+from tuner.training.head_start import train_head
 from tuner.training.loop import Diverged, TrainingJob, train_only
 from tuner.training.package import Manifest, check_replaceable, write_package
-from tuner.training.prepare import prepare_model
+from tuner.training.prepare import keeps_head, prepare_model
 from tuner.training.pretrain import pretrain_backbone
 from tuner.trial import EpochResult, TrialParams
 
@@ -150,7 +150,7 @@ class _Retraining:
         started = time.perf_counter()
         seeds = list_seeds(self._params.seed, n_seeds)
         temperature = self._fit_temperature()
-        models = [self._train_model(images, replace(self._params, seed=seed), "train + val") for seed in seeds]
+        models = [self._train_model(images, self._params.with_seed(seed), "train + val") for seed in seeds]
         seconds = time.perf_counter() - started
         scores = None if test is None else self._look(models, test, folder, temperature)
         result = TrainResult(
@@ -199,12 +199,18 @@ class _Retraining:
                 model=model, params=params, train=images, val=None, preprocessing=self._preprocessing, device=device
             )
             try:
+                train_head(job, keep_head=keeps_head(self._recipe.spec, params.backbone), on_epoch=self._announce_head)
                 train_only(job, self._announce_epoch)
             except Diverged as error:
                 raise ModelError(
                     f"trial {self._recipe.number}: its recipe must converge on {splits} too, got: {error}"
                 ) from error
         return model
+
+    def _announce_head(self, epoch: int, loss: float) -> None:
+        recipe = self._params.head_recipe
+        assert recipe is not None  # noqa: S101 - only a head start tells of its epochs
+        self._announce(f"the head alone, epoch {epoch} of {recipe.epochs}: training loss {loss:.4f}")
 
     def _announce_epoch(self, epoch: int, loss: float) -> None:
         self._announce(f"epoch {epoch} of {self._params.epochs}: training loss {loss:.4f}")

@@ -142,6 +142,8 @@ def _note_model(manifest: Manifest, model: nn.Module) -> list[str]:
 
 def _note_training(params: TrialParams) -> list[str]:
     notes = ["an epoch's last, smaller batch: it leaves that out"]
+    if params.head_start is not None:
+        notes.append("head_start: it trains all layers from a new head, not from one that was trained alone first")
     if params.augmentation_strength > 0:
         notes.append(
             f"augmentation_strength = {params.augmentation_strength}: its rotation, shift, shear and zoom are left out"

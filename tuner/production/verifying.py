@@ -29,8 +29,9 @@ from tuner.production.model_card import CARD_NAME, explain_card, read_card
 from tuner.service.study_data import read_study_data
 from tuner.spec.own_code import check_code
 from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.training.head_start import train_head
 from tuner.training.loop import Diverged, TrainingJob, train_epochs
-from tuner.training.prepare import prepare_model
+from tuner.training.prepare import keeps_head, prepare_model
 from tuner.training.pretrain import identify_pretraining, pretrain_backbone
 from tuner.trial import Repeat, TrialParams
 
@@ -175,7 +176,7 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
             n_threads=n_threads,
         )
         for repeat in repeats:
-            own = replace(params, seed=repeat.seed)
+            own = params.with_seed(repeat.seed)
             if repeat.n_folds:
                 train, val = cut_fold(load((Split.TRAIN, Split.VAL)), repeat, data.index)
             else:
@@ -188,7 +189,7 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
                 preprocessing=preprocessing,
                 device=chosen,
             )
-            runs.append(_train_run(job))
+            runs.append(_train_run(job, keep_head=keeps_head(spec, params.backbone)))
     return runs
 
 
@@ -207,8 +208,9 @@ def _find_weights(backbone: str, spec: StudySpec, wanted: str, device: torch.dev
     return path
 
 
-def _train_run(job: TrainingJob) -> dict[str, Any]:
+def _train_run(job: TrainingJob, *, keep_head: bool) -> dict[str, Any]:
     try:
+        train_head(job, keep_head=keep_head)
         for result, _ in train_epochs(job):
             last = result
     except Diverged:

@@ -9,11 +9,8 @@ from optuna.trial import FrozenTrial, Trial
 from optuna.trial import TrialState as OptunaState
 
 from tuner.search.confirmation import REPEAT_ATTR, ConfirmingTrial, Wanted, make_repeat
-from tuner.search.distributions import (
-    Point,
-    make_distributions,
-    resolve_params,
-)
+from tuner.search.distributions import make_distributions, resolve_params
+from tuner.search.head_starts import HeadStarts
 from tuner.search.repeats import average, list_repeats, list_values
 from tuner.search.retries import count_attempts, find_origin, is_begun
 from tuner.search.samplers import derive_seed
@@ -72,6 +69,7 @@ class TrialBook:
         best = find_best(self._study)
         self._best = None if best is None else (best.number, best.value or 0.0)
         self._running_screen: set[int] = set()
+        self._head_starts = HeadStarts(self._study, self._spec)
 
     def prepare(self) -> int:
         """Adopt what an earlier run left, and fill an empty study's queue.
@@ -150,7 +148,7 @@ class TrialBook:
         if not self.queue.push_grid_point():
             return None
         trial = self._study.ask(self._distributions)
-        params = self._resolve(find_origin(trial), trial.params)
+        params = self._resolve(trial)
         if SCREEN_ATTR in trial.user_attrs:
             self._running_screen.add(trial.number)
         self.queue.note_asked(was_screen=SCREEN_ATTR in trial.user_attrs)
@@ -162,7 +160,7 @@ class TrialBook:
         confirmed = self._find(wanted.trial)
         repeat = make_repeat(self._spec.study.seed, wanted.seed, n_folds)
         recipe = TrialParams.from_json(confirmed.user_attrs[PARAMS_ATTR])
-        params = replace(recipe, seed=repeat.seed, views="fresh")
+        params = replace(recipe.with_seed(repeat.seed), views="fresh")
         attrs = {CONFIRM_ATTR: asdict(wanted), REPEAT_ATTR: asdict(repeat)}
         trial = ConfirmingTrial(self._mirror, self._study, confirmed, attrs)
         self._start(trial, params, (repeat,))
@@ -192,9 +190,12 @@ class TrialBook:
         for number in numbers:
             self._running[number].set_user_attr("device", device)
 
-    def _resolve(self, origin: int, point: Point) -> TrialParams:
+    def _resolve(self, trial: Trial) -> TrialParams:
+        origin = find_origin(trial)
         seed = derive_seed(self._spec.study.seed, "trial", origin, bits=63)
-        return resolve_params(self._spec, point, self._group_counts, seed=seed)
+        params = resolve_params(self._spec, trial.params, self._group_counts, seed=seed)
+        first = None if origin == trial.number else self._find(origin)
+        return self._head_starts.add(params, first_attempt=first, is_screening=self.is_screening)
 
     def report(self, number: int, result: EpochResult) -> bool:
         """Record one epoch.

@@ -11,7 +11,7 @@ from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort
 from tuner.training.device import release_memory
 from tuner.training.head_features import NotCacheable, put_head
 from tuner.training.loop import Diverged
-from tuner.training.prepare import start_heads
+from tuner.training.prepare import keeps_head, start_heads
 from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState, Usage
 
 Members = tuple[tuple[int, TrialParams], ...]
@@ -22,9 +22,8 @@ _STOPPED = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER)
 class HeadTraining:
     """Trains cohorts of heads."""
 
-    def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
-        self._bench, self._coordinator = bench, coordinator
-        self._banks = FeatureBanks(bench, coordinator)
+    def __init__(self, bench: Workbench, coordinator: Coordinator, banks: FeatureBanks) -> None:
+        self._bench, self._coordinator, self._banks = bench, coordinator, banks
 
     def train(self, members: Members) -> None:
         """Train a cohort and say how each of its trials ended, or give back those that cannot use features.
@@ -92,8 +91,8 @@ class HeadTraining:
             cohort.count_epoch(bank, val_bank)
             return features
 
-        keeps_head = self._bench.section(first.backbone).keep_head and self._bench.spec.pretraining is None
-        weights, biases = start_heads(body.head, [params.seed for params in cohort.recipes], keep_head=keeps_head)
+        kept = keeps_head(self._bench.spec, first.backbone)
+        weights, biases = start_heads(body.head, [params.seed for params in cohort.recipes], keep_head=kept)
         return CohortJob(
             params=cohort.recipes,
             features=find_features,

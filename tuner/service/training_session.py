@@ -14,6 +14,8 @@ from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
 from tuner.service.admission import Admission
+from tuner.service.feature_banks import FeatureBanks
+from tuner.service.head_starts import HeadStarts
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Probe, Probed, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
@@ -40,7 +42,8 @@ class TrainingSession:
     def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
         self._bench, self._spec, self._data = bench, bench.spec, bench.data
         self._coordinator = coordinator
-        self._heads = HeadTraining(bench, coordinator)
+        banks = FeatureBanks(bench, coordinator)
+        self._heads, self._head_starts = HeadTraining(bench, coordinator, banks), HeadStarts(bench, banks)
         self._prefixes = PrefixBanks(bench, coordinator)
         self._admission = Admission(bench)
         self._probe = StepProbe(bench.device, self._make_job)
@@ -160,6 +163,8 @@ class TrainingSession:
         saved = None if file is None else file.read(job.model)
         if saved is not None and not self._replay(number, saved):
             return TrialDone(number=number, outcome=outcome)
+        if saved is None:
+            self._head_starts.give(job)
         self._coordinator.send(Started())
         for result, scores in self._admission.train(job, file, saved):
             verdict = self._coordinator.ask_verdict(EpochDone(results=((number, result),)))
@@ -187,9 +192,10 @@ class TrainingSession:
         seen: list[Scores] = []
         kept = False
         for which, repeat in enumerate(repeats):
-            job = self._admission.admit(self._make_job(replace(params, seed=repeat.seed), repeat))
+            job = self._admission.admit(self._make_job(params.with_seed(repeat.seed), repeat))
             if which == 0:
                 self._coordinator.send(Started())  # the time of a trial is that of all its trainings
+            self._head_starts.train_on_images(job)
             for result, scores in self._admission.train(job):
                 done = EpochDone(results=((number, replace(result, repeat=which)),))
                 verdict = self._coordinator.ask_verdict(done)

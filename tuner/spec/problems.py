@@ -98,6 +98,7 @@ def find_conflicts(parts: dict[str, Any], tables: dict[str, Any]) -> list[str]:
     problems += _find_enqueue_problems(tables.get("enqueue", []), space)
     if getattr(parts.get("search"), "screen", 0) > 0:
         problems += _find_screen_problems(parts["search"], fixed.get("unfrozen_layers", "all"), space)
+    problems += _find_head_start_problems(fixed.get("head_start"), parts.get("search", SearchSection()))
     if getattr(parts.get("search"), "sampler", None) == "grid":
         problems += _find_grid_problems(space)
         if tables.get("enqueue"):
@@ -204,6 +205,13 @@ def _find_screen_problems(search: SearchSection, fixed: Any, space: dict[str, Di
     elif (searched := space["unfrozen_layers"]) is not None and not contains(searched, 1):
         problems.append(f"{must} {got}; let space.unfrozen_layers reach 1, which is the classifier")
     return problems
+
+
+def _find_head_start_problems(head_start: Any, search: SearchSection | None) -> list[str]:
+    if head_start != "screen" or search is None or search.screen > 0:
+        return []
+    advice = "set search.screen = 8, say, for eight heads of each backbone to choose from"
+    return [f'training.head_start: must be "none" without a screen, got "screen"; {advice}']
 
 
 def _find_grid_problems(space: dict[str, Distribution | None]) -> list[str]:

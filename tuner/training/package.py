@@ -65,6 +65,7 @@ class Manifest:
         """Return the manifest as a JSON object."""
         section = {"kwargs": self.kwargs, **asdict(self.preprocessing)}
         values = {name: value for name, value in asdict(self).items() if name not in {"kwargs", "preprocessing"}}
+        values["params"] = self.params.to_json()
         return {"format": _FORMAT, **values, "backbone_section": section}
 
     @classmethod

@@ -70,10 +70,20 @@ def prepare_model(
     else:
         _apply_section(model, params.backbone, section, spec.data.image_size, cache)
     if pretrained_path is not None or not section.keep_head:
-        seed_everything(params.seed)
-        for name in find_classifiers(model):
-            _reset(model.get_submodule(name))
+        draw_head(model, params.seed)
     return model
+
+
+def keeps_head(spec: StudySpec, backbone: str) -> bool:
+    """Whether trials of a backbone start from the classifier of its weights file."""
+    return spec.backbones.get(backbone, BackboneSection()).keep_head and spec.pretraining is None
+
+
+def draw_head(model: nn.Module, seed: int) -> None:
+    """Draw a model's classifier from a seed, in place; one without ``reset_parameters`` stays as it is."""
+    seed_everything(seed)
+    for name in find_classifiers(model):
+        _reset(model.get_submodule(name))
 
 
 def start_heads(head: nn.Linear | nn.Conv2d, seeds: Sequence[int], *, keep_head: bool = False) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ import timm.scheduler
 import yaml
 from torch import nn
 
+from tests.unit.training.builders import make_params
 from tuner.production.timm_options import OPTIONS, check_options
 from tuner.production.timm_recipe import TimmRecipe, express_recipe, write_args
 from tuner.training.package import Manifest, read_package
 from tuner.training.schedule import lr_factor
+from tuner.trial import HeadStart
 
 from .test_predictor import write_model
 
@@ -76,6 +78,7 @@ def test_file_holds_the_values_in_their_types(
         ({"augmentation_strength": 0.5}, "augmentation_strength = 0.5"),
         ({"augmentation_strength": 0.5, "views": 3}, "views = 3"),
         ({"class_weights": "balanced"}, "class_weights = balanced"),
+        ({"head_start": HeadStart.take_from(make_params())}, "head_start: it trains all layers from a new head"),
         ({"layer_decay": 0.5}, "layer_decay by layer groups"),
         ({"warmup_fraction": 0.25, "epochs": 6}, "a warm-up of 1.5 epochs"),
         ({"dropout": 0.5}, "dropout in front of the head alone"),

@@ -75,6 +75,27 @@ def test_confirming_trial_has_the_recipe_and_a_fresh_seed(tmp_path: Path) -> Non
     assert [repeat.seed for repeat in book.list_repeats(number)] == [params.seed]
 
 
+def test_confirming_trial_draws_the_head_that_it_starts_from_afresh(tmp_path: Path) -> None:
+    """Its recipe is the search's, its seed is not: a lucky head would flatter the recipe on every seed."""
+    search = {"screen": 1, "sampler": "tpe"}
+    stored = open_study(
+        make_storage(tmp_path), make_spec(search=search, training={"head_start": "screen"}), make_facts(max_folds=20)
+    )
+    book = TrialBook(stored)
+    book.prepare()
+    heads = [run_trial(book, (0.5, 0.5, 0.5)) for _ in range(2)]
+    deeper = run_trial(book, (0.9, 0.9, 0.9))
+    assert heads == [0, 1]
+    params = TrialParams.from_json(stored.study.trials[deeper].user_attrs[PARAMS_ATTR])
+    assert params.head_start is not None
+    fresh = [book.ask_confirmation(Wanted(trial=deeper, seed=seed), n_folds=10)[1] for seed in (0, 1)]
+    for each in fresh:
+        assert each.head_start is not None
+        assert each.head_start.seed == each.seed != params.head_start.seed
+        assert replace(each.head_start, seed=params.head_start.seed) == params.head_start
+    assert fresh[0].seed != fresh[1].seed
+
+
 def test_confirming_trials_count_for_nothing_else(tmp_path: Path) -> None:
     """Neither for n_trials nor as the best, however good they are; the bill has them apart."""
     stored, book = open_searched(tmp_path)

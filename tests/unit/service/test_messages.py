@@ -21,7 +21,7 @@ from tuner.service.messages import (
     decode,
     encode,
 )
-from tuner.trial import ClassReport, Reason, TrialOutcome, TrialParams, TrialState, Usage
+from tuner.trial import ClassReport, HeadStart, Reason, TrialOutcome, TrialParams, TrialState, Usage
 
 PARAMS = TrialParams(
     backbone="test_resnet",
@@ -44,6 +44,11 @@ PARAMS = TrialParams(
 REPORT = ClassReport(confusion_matrix=((1, 2), (0, 3)), precision=(1.0, 0.6), recall=(0.3, 1.0), f1=(0.5, 0.75))
 MESSAGES: list[Message] = [
     Train(data_hash="x", members=((3, PARAMS), (5, replace(PARAMS, views=4))), uses_features=True),
+    Train(
+        data_hash="x",
+        members=((3, replace(PARAMS, head_start=HeadStart.take_from(replace(PARAMS, lr=0.1)))),),
+        uses_features=False,
+    ),
     EpochDone(results=((3, make_epoch(1, 0.5)), (5, make_epoch(1, 0.25)))),
     Verdict(stop=(3, 4), keep=5, folder="/a b/ü", provenance={"value": 0.5}),
     TrialDone(

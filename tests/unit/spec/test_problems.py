@@ -27,6 +27,10 @@ def list_lines(more: str, base: str = MINIMAL) -> list[str]:
             '[training]\nclass_weights = "balancd"',
             "training.class_weights: must be one of none, balanced, got 'balancd'; did you mean 'balanced'?",
         ),
+        (
+            '[training]\nhead_start = "scren"',
+            "training.head_start: must be one of none, screen, got 'scren'; did you mean 'screen'?",
+        ),
         ("[training]\nlr = -1", "training.lr: must be greater than 0, got -1"),
         ("[training]\nlayer_decay = 0", "training.layer_decay: must lie in (0, 1], got 0"),
         (
@@ -274,3 +278,29 @@ def test_study_that_is_text_is_not_repeated() -> None:
     """Nor where the URL has become the study itself."""
     base = f'study = "{URL}"\n' + MINIMAL.replace('[study]\nname = "small"', "")
     assert list_lines("", base) == ["study: must be a table, got text"]
+
+
+NO_SCREEN = (
+    'training.head_start: must be "none" without a screen, got "screen"; set search.screen = 8, say, for eight heads '
+    "of each backbone to choose from"
+)
+HEADS = "unfrozen_layers = { low = 1, high = 3 }\n"
+
+
+@pytest.mark.parametrize("search", ["", "[search]\nn_trials = 3", "[search]\nscreen = 0"])
+def test_find_conflicts_refuses_a_head_start_without_a_screen(search: str) -> None:
+    """There would be no head to start from."""
+    assert list_lines(f'{HEADS}[training]\nhead_start = "screen"\n{search}') == [NO_SCREEN]
+
+
+def test_find_conflicts_says_one_thing_of_a_head_start_over_a_broken_search() -> None:
+    """Whether there is a screen is not known then."""
+    lines = list_lines(f'{HEADS}[training]\nhead_start = "screen"\n[search]\nscreen = -1')
+    assert lines == ["search.screen: must be at least 0, got -1"]
+
+
+def test_find_conflicts_accepts_a_head_start_with_a_screen() -> None:
+    """And none where the file says nothing."""
+    spec = parse(f'{HEADS}[training]\nhead_start = "screen"\n[search]\nscreen = 8')
+    assert spec.training.head_start == "screen"
+    assert parse(HEADS).training.head_start == "none"
