@@ -5,7 +5,18 @@ import os
 import signal
 import sys
 
-from benchmarks.cases import decode, faults, fuzz, growth, honesty, memory, search_speed, step_overhead, trial_book
+from benchmarks.cases import (
+    decode,
+    faults,
+    fuzz,
+    growth,
+    honesty,
+    memory,
+    memory_admission,
+    search_speed,
+    step_overhead,
+    trial_book,
+)
 from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
 from benchmarks.search_settings import NAME as SEARCH_SPEED
@@ -18,6 +29,7 @@ CASES = {
         step_overhead.CASE,
         decode.CASE,
         memory.CASE,
+        memory_admission.CASE,
         growth.CASE,
         faults.CASE,
         fuzz.CASE,
