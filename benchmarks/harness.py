@@ -155,7 +155,8 @@ def describe(result: Mapping[str, Any]) -> str:
             f"| {arm} | {numbers['median']:.3g} ({low:.3g} to {high:.3g}) | "
             f"{numbers['ratio_to_baseline']:.2f}x ({ratio_low:.2f} to {ratio_high:.2f}) |"
         )
-    lines += [f"{name}: {_shorten(value)}" for name, value in result["conclusions"].items()]
+    told = {name: value for name, value in result["conclusions"].items() if not isinstance(value, list)}
+    lines += [f"{name}: {_shorten(value)}" for name, value in told.items()]
     return "\n".join(lines)
 
 

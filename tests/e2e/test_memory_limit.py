@@ -38,7 +38,7 @@ def test_run_under_a_memory_limit_splits_or_refuses_large_batches(tmp_path: Path
     text = place.study_file.read_text().replace("image_size = 16", "image_size = 64")
     text = text.replace("batch_size = 64\n", "")
     text = text.replace("[training]", "batch_size = { choices = [8, 160] }\n[training]")
-    place.study_file.write_text(text.replace("[workers]", '[workers]\nmemory_limit = "90 MB"'))
+    place.study_file.write_text(text.replace("[workers]", '[workers]\nmemory_limit = "110 MB"'))
     code, output = place.run()
     assert code == 0, output
     assert "own:roomy with batch_size 160 would take" in output

@@ -18,7 +18,7 @@ from tuner.training.memory_needs import MemoryNeeds
 from tuner.trial import Repeat, TrialParams
 
 OWN = "tests.integration.own_backbones"
-LIMIT = "90 MB"
+LIMIT = "110 MB"
 WHOLE = replace(HEAD, backbone=f"{OWN}:roomy", unfrozen_layers=3, batch_size=128, lr=0.01, epochs=1)
 NORMED = replace(WHOLE, backbone=f"{OWN}:normed")
 
@@ -69,10 +69,11 @@ def test_batch_that_does_not_fit_trains_in_parts_and_is_the_same(tmp_path: Path,
     assert 8 <= usage.micro_batch <= 64
     assert ends[2].usage.micro_batch is None
     assert usage.predicted_bytes is not None
-    assert usage.predicted_bytes < 90e6
+    assert usage.predicted_bytes < 80e6
+    assert usage.peak_bytes is None or usage.peak_bytes < 130e6
     (note,) = notes
     assert note.startswith(f"{WHOLE.backbone} with batch_size 128 would take ")
-    assert note.endswith(f" of 90 MB: it trains {usage.micro_batch} images at a time and adds their gradients up")
+    assert note.endswith(f" of 110 MB: it trains {usage.micro_batch} images at a time and adds their gradients up")
     assert len(list(cache.iterdir())) == 1
     free = train(make_bench(tmp_path, None)[0], WHOLE)
     ours, theirs = desk.curve(0)[0], free.curve(0)[0]
@@ -80,14 +81,14 @@ def test_batch_that_does_not_fit_trains_in_parts_and_is_the_same(tmp_path: Path,
 
 
 def test_batch_that_must_stay_whole_is_not_started(tmp_path: Path) -> None:
-    """BatchNorm trains on whole batches: infeasible, and it says what would help; frozen, it does not mind."""
+    """BatchNorm trains on whole batches: infeasible, with numbers and what to do. Frozen, at last, it does not mind."""
     bench, notes = make_bench(tmp_path)
     desk = train(bench, NORMED, replace(NORMED, batch_size=16), replace(NORMED, unfrozen_layers=1))
     ends = desk.ends()
     assert read_end(ends[0]) == ("PRUNED", "out_of_memory")
     message = ends[0].outcome.message
     assert message.startswith(f"not started, it would run out of memory: {NORMED.backbone} with batch_size 128 and 3")
-    assert " of 90 MB (workers.memory_limit); smaller batches or images, or fewer unfrozen layers" in message
+    assert " of 110 MB (workers.memory_limit); smaller batches or images, or fewer unfrozen layers" in message
     assert message.endswith("its BatchNorm trains on whole batches")
     assert ends[0].usage.predicted_bytes is not None
     assert ends[0].usage.predicted_bytes > 80e6
@@ -149,7 +150,7 @@ def test_nothing_is_foreseen_on_a_cpu_with_memory_to_spare(
     assert usage.predicted_bytes is None
     assert usage.peak_bytes is None
     assert not cache.exists()
-    monkeypatch.setattr(admission, "available_memory", lambda: 90_000_000)
+    monkeypatch.setattr(admission, "available_memory", lambda: 110_000_000)
     ends = train(bench, NORMED, small).ends()
     assert read_end(ends[0]) == ("PRUNED", "out_of_memory")
     assert " (free); smaller batches" in ends[0].outcome.message
