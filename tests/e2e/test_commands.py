@@ -21,6 +21,8 @@ from tuner.data.sources import read_index
 from tuner.data.splits import cut_splits
 from tuner.spec.study import load_spec
 
+pytestmark = pytest.mark.xdist_group("commands")  # one study for all
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:

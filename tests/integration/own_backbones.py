@@ -1,8 +1,12 @@
 """Backbones of a user's own for tests: small, with a body that is the same in every trial."""
 
+import random
+
 import torch
 from torch import Tensor, nn
 
+SEED = 0
+"""Stands for a file of weights, which may be replaced."""
 FACTOR = 1.0
 """Stands for the code of ``forward``, which a user may edit."""
 
@@ -67,7 +71,7 @@ class Deep(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(SEED)
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2))
         self.middle = nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
         self.fc = nn.Linear(8, num_classes)
@@ -96,6 +100,56 @@ class Drawing(Deep):
         maps = nn.functional.dropout(self.stem(images), 0.001, training=self.training)
         logits: Tensor = self.fc(self.middle(maps).mean((2, 3)))
         return logits
+
+
+class Skipping(Deep):
+    """A net that leaves a frozen layer out now and then while it trains."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        maps = self.stem(images)
+        if not (self.training and random.random() < 0.2):  # noqa: S311
+            maps = maps * 2
+        logits: Tensor = self.fc(self.middle(maps).mean((2, 3)))
+        return logits
+
+
+class Striding(Deep):
+    """A net whose upper part relies on how the lower one leaves its numbers in memory."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.middle = nn.Linear(6, 8)  # type: ignore[assignment]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        rows = self.stem(images).contiguous().flatten(2).transpose(1, 2)  # (n, 49, 6), not in that order in memory
+        gated = rows * self.middle.get_parameter("weight").mean()
+        logits: Tensor = self.fc(self.middle(gated.transpose(1, 2).view(-1, 49).view(-1, 6, 49).mean(2)))
+        return logits
+
+
+class Uncopied(Deep):
+    """A net that cannot be copied."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.scale = self.fc.weight.sum() * 0 + 1
+
+
+def skipping(num_classes: int) -> Deep:
+    """Return a net that draws from Python's generator."""
+    return Skipping(num_classes)
+
+
+def striding(num_classes: int) -> Deep:
+    """Return a net that its suffix alone cannot run."""
+    return Striding(num_classes)
+
+
+def uncopied(num_classes: int) -> Deep:
+    """Return a net with a tensor that no copy may hold."""
+    return Uncopied(num_classes)
 
 
 def deep(num_classes: int) -> Deep:

@@ -1,10 +1,13 @@
 """Lone trials on kept maps of their frozen layers: the same trial, computed once, and never where it is not exact."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration import own_backbones
 from tests.integration.test_feature_banks import Worker
@@ -92,6 +95,9 @@ def test_trial_without_a_known_frozen_part_trains_on_images_unsaid(tmp_path: Pat
         ("branching", "its forward pass cannot be traced (TraceError: "),
         ("drawing", "its frozen part draws random numbers in train mode"),
         ("redrawn", "its frozen layers are drawn anew for every trial"),
+        ("skipping", "its frozen part draws random numbers in train mode"),
+        ("striding", "RuntimeError: view size is not compatible"),
+        ("uncopied", "its forward pass cannot be traced (RuntimeError: Only Tensors created explicitly"),
     ],
 )
 def test_backbone_that_cannot_be_cut_trains_on_images_and_is_told_once(tmp_path: Path, name: str, reason: str) -> None:
@@ -117,9 +123,9 @@ def test_maps_are_kept_where_that_pays(
 def test_maps_that_one_trial_does_not_repay_are_kept_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one epoch for each view a trial alone saves nothing; those that come after it do."""
     monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: SLOW)
-    params = replace(VIEWS, epochs=2)
-    assert train(start(tmp_path, "auto"), replace(params, epochs=1)) == "none"
-    assert train(start(tmp_path, "auto"), replace(params, epochs=1), n_sharing=3.0) == "computed"
+    params = replace(VIEWS, epochs=1)
+    assert train(start(tmp_path, "auto"), params) == "none"
+    assert train(start(tmp_path, "auto"), params, n_sharing=3.0) == "computed"
 
 
 def test_early_cut_is_left_alone_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,3 +207,48 @@ def test_interrupted_trial_goes_on_to_the_same_bits_on_maps(tmp_path: Path) -> N
     assert train(second, VIEWS, 1, checkpoint=file) == "cached"
     assert "goes on after epoch 2 of trial 0" in second.notes[0]
     assert list_losses(second, 1) == list_losses(whole)
+
+
+def test_prefix_that_changes_between_trials_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that a user's function reads may be replaced: no trial trains on another one's maps."""
+    worker = start(tmp_path)
+    assert [train(worker, DEEP), train(worker, DEEP, 1)] == ["computed", "cached"]
+    monkeypatch.setattr(own_backbones, "SEED", 1)
+    assert train(worker, DEEP, 2) == "none"
+    assert worker.notes[0].endswith("its frozen layers are not the same in all trials")
+    plain = start(tmp_path, "never")
+    train(plain, DEEP, 2)
+    assert list_losses(worker, 2) == pytest.approx(list_losses(plain, 2), rel=1e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), [("always", "auto"), ("never", "always")])
+def test_interrupted_trial_goes_on_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    """On maps or on images, whatever would be decided now: its checkpoint serves its own kind alone."""
+    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: CHEAP)
+    file = str(tmp_path / "checkpoint")
+    began = start(tmp_path, first, checkpoint_every="0.001s")
+    kind = train(began, VIEWS, checkpoint=file)
+    ends = start(tmp_path, second)
+    assert (train(ends, VIEWS, 1, checkpoint=file) != "none") is (kind != "none")
+    assert "goes on after epoch 2 of trial 0" in ends.notes[0]
+    assert list_losses(ends, 1) == list_losses(began)
+
+
+def test_finished_trials_leave_no_model_behind(tmp_path: Path) -> None:
+    """What is known of a cut is a graph of names; a device would soon be full of models."""
+    worker = start(tmp_path)
+    kept: list[weakref.ref[torch.nn.Module]] = []
+    make_model = worker.bench.make_model
+
+    def watch(params: TrialParams) -> torch.nn.Module:
+        model = make_model(params)
+        kept.append(weakref.ref(model))
+        return model
+
+    worker.bench.make_model = watch  # type: ignore[method-assign]
+    train(worker, DEEP)
+    gc.collect()
+    assert len(kept) == 2  # the trial's and its twin
+    assert all(each() is None for each in kept)

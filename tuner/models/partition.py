@@ -66,7 +66,7 @@ class Partition:
 
     def bind_prefix(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the prefix of a model: from images to what ``pack_maps`` makes of the crossing tensors."""
-        module = fx.GraphModule(model, self.prefix)
+        module = _bind(model, self.prefix)
 
         def compute(images: Tensor) -> Tensor:
             return pack_maps(module(images), self.crossings)
@@ -79,7 +79,7 @@ class Partition:
         Args:
             model: On its device; its parameters and modules are used, not copied.
         """
-        in_eval, in_train = fx.GraphModule(model, self.suffix_in_eval), fx.GraphModule(model, self.suffix_in_train)
+        in_eval, in_train = _bind(model, self.suffix_in_eval), _bind(model, self.suffix_in_train)
 
         def compute(maps: Tensor) -> Tensor:
             logits: Tensor = (in_train if model.training else in_eval)(*unpack_maps(maps, self.crossings))
@@ -95,6 +95,12 @@ class Partition:
             parts = name.split(".")
             if any(".".join(parts[:length]) in targets for length in range(1, len(parts) + 1)):
                 yield name, tensor
+
+
+def _bind(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    module = fx.GraphModule(model, graph)
+    graph.owning_module = None  # graphs outlive models
+    return module
 
 
 def pack_maps(tensors: tuple[Tensor, ...], crossings: tuple[Crossing, ...]) -> Tensor:
@@ -240,7 +246,7 @@ class _Cut:
 
     def _show(self, handed: list[fx.Node], images: Tensor) -> tuple[Any, ...]:
         """Return the values of nodes of the prefix for images."""
-        module = fx.GraphModule(self._model, self._copy_prefix(handed)).eval()
+        module = _bind(self._model, self._copy_prefix(handed)).eval()
         with torch.no_grad():
             values: tuple[Any, ...] = module(images)
         return values

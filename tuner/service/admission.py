@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from tuner.data.memory import available_memory
+from tuner.service.outcomes import first_line
 from tuner.service.workbench import Workbench
 from tuner.spec.sizes import format_bytes
 from tuner.training.checkpoint import Checkpoint, CheckpointFile
-from tuner.training.device import is_out_of_memory, release_memory
+from tuner.training.device import is_device_lost, is_out_of_memory, release_memory
 from tuner.training.loop import Diverged, TrainingJob, train_epochs
 from tuner.training.memory import MemoryNeed, depends_on_batch, measure_need, plan_micro_batch
 from tuner.training.memory_meter import Growth, below, count_bytes, find_ceiling, keep_heap_tight
@@ -136,14 +137,23 @@ class Admission:
                 need = self._measure(job)
             except Diverged:
                 return None  # so will the trial, which tells it better
-            except Exception as error:
-                if not is_out_of_memory(error):
+            except Exception as error:  # a user's backbone may raise anything, and what holds for a probe is no verdict
+                if is_device_lost(error):
                     raise
+                if not is_out_of_memory(error):
+                    self._give_up(job, error)
+                    return None
             release_memory(job.device)  # out of the except block: its traceback held on to the probe's tensors
             if need is None:
                 raise DoesNotFit(self._tell_misfit(job, "even a few images at a time more than all", available))
             self._needs.keep(facts, need)
         return _Foreseen(facts=facts, need=need, available=available)
+
+    def _give_up(self, job: TrainingJob, error: Exception) -> None:
+        """Say once that trainings of a backbone are not foreseen: they may run out of memory."""
+        if (job.params.backbone, 0) not in self._noted:
+            self._noted.add((job.params.backbone, 0))
+            self._bench.note(f"{job.params.backbone}: its memory is not foreseen: {first_line(error)}")
 
     def _find_available(self, job: TrainingJob) -> int | None:
         """Return the bytes that a training may take, its model included; None if there are more than enough."""
@@ -151,7 +161,9 @@ class Admission:
             release_memory(job.device)
             allocated = torch.cuda.memory_allocated(job.device)
             room = torch.cuda.mem_get_info(job.device)[0] + torch.cuda.memory_reserved(job.device) - allocated
-            return room if self._limit is None else min(room, self._limit - allocated)
+            room = room if self._limit is None else min(room, self._limit - allocated)
+            is_there = next(job.model.parameters()).is_cuda  # then it is in what is allocated, and in the need
+            return room + is_there * count_bytes(job.model) - _count_later(job)
         if self._limit is not None:
             return self._limit
         held = count_bytes(job.model)
@@ -168,7 +180,7 @@ class Admission:
         """Return how large the process may become, of whose present size some bytes count as the training's."""
         if self._limit is None or job.device.type != "cpu":  # CUDA's allocator has the limit
             return None
-        return find_ceiling(self._limit - held)
+        return find_ceiling(self._limit - held + _count_later(job))  # mapped files count as the process's data
 
     def _learn(self, job: TrainingJob, foreseen: _Foreseen) -> None:
         """Remember that a training took more than was foreseen, so that its like is not started."""
@@ -196,3 +208,8 @@ class Admission:
             f"{params.unfrozen_layers} unfrozen layers would take {need} of {format_bytes(available)} ({source}); "
             f"smaller batches or images, or fewer unfrozen layers, take less"
         )
+
+
+def _count_later(job: TrainingJob) -> int:
+    """Return the bytes of maps that a job will open while it trains."""
+    return 0 if job.cached is None else job.cached.later_bytes

@@ -40,10 +40,13 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._heads) + len(self._others)
 
-    @property
-    def is_sated(self) -> bool:
-        """Whether asking further ahead would only make the sampler's knowledge older."""
-        return bool(self._others) or len(self._heads) >= self._max_ahead
+    def is_sated(self, n_idle: int = 1) -> bool:
+        """Whether asking further ahead would only make the sampler's knowledge older.
+
+        Args:
+            n_idle: Workers that wait: as many trials would be asked for anyway before the next one ends.
+        """
+        return len(self._others) >= n_idle or len(self._heads) >= self._max_ahead
 
     def add(
         self, number: int, params: TrialParams, *, is_suspect: bool = False, repeats: tuple[Repeat, ...] = ()

@@ -64,7 +64,7 @@ class ConfirmationSupply:
         """Whether nothing more will start, unless a running training is lost."""
         return self.is_late or self.n_missing == 0
 
-    def take(self, busy: Collection[TrialParams]) -> Batch | None:  # noqa: ARG002 - nothing is shared here
+    def take(self, busy: Collection[TrialParams], n_idle: int = 1) -> Batch | None:  # noqa: ARG002 - nothing is shared
         """Return what an idle worker trains; None if there is nothing for it."""
         missing = [] if self.is_late else self._list_missing()
         if not missing:

@@ -128,7 +128,11 @@ class OpenBanks:
 
     def is_at_hand(self, request: BankRequest) -> bool:
         """Whether a bank need not be computed, unless it turns out to be stale."""
-        return request.name in self._opened or holds_bank(self._describe(request))
+        return self.is_open(request) or holds_bank(self._describe(request))
+
+    def is_open(self, request: BankRequest) -> bool:
+        """Whether opening a bank takes no more memory."""
+        return request.name in self._opened
 
     def release_memory(self) -> None:
         """Forget what can be had again."""
@@ -166,8 +170,10 @@ class OpenBanks:
     def _place(self, values: Tensor) -> Tensor:
         """Move values to the device, unless they would take much of it: those are fetched batch by batch."""
         device = self._bench.device
-        if device.type == "cuda" and values.nbytes > _DEVICE_FRACTION * torch.cuda.mem_get_info(device)[1]:
-            return values
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            if values.nbytes > min(_DEVICE_FRACTION * total, free / 2):
+                return values
         return values.to(device)
 
     def _close_old(self) -> None:

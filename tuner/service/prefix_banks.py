@@ -13,9 +13,10 @@ from tuner.models.layers import freeze_layers
 from tuner.models.partition import NotSeparable, Partition, partition_model
 from tuner.service.messages import Coordinator
 from tuner.service.open_banks import BankRequest, OpenBanks
+from tuner.service.outcomes import comes_from_lost_device, first_line
 from tuner.service.workbench import Workbench
 from tuner.training.batches import build_normaliser, find_dtype, take_batch
-from tuner.training.device import MEMORY_FORMAT
+from tuner.training.device import MEMORY_FORMAT, release_memory
 from tuner.training.head_features import N_TRIED, NotCacheable, agree, take_sample
 from tuner.training.prefix_cost import Demand, PrefixCost, measure_cost, predict_seconds
 from tuner.training.prefix_maps import (
@@ -73,40 +74,60 @@ class PrefixBanks:
         self._cuts: dict[tuple[str, int], _Cut | None] = {}
         self._costs: dict[tuple[str, int, int, bool], PrefixCost] = {}
 
-    def find(self, params: TrialParams, model: nn.Module, *, n_sharing: float) -> tuple[CachedPrefix, Spending] | None:
+    def find(
+        self, params: TrialParams, model: nn.Module, *, n_sharing: float, must: bool | None = None
+    ) -> tuple[CachedPrefix, Spending] | None:
         """Return what stands for a trial's images, if its frozen prefix need not be computed in every epoch.
 
         Args:
             params: The trial's.
             model: The trial's, before its first step. It may be frozen and moved to the device.
             n_sharing: Further trials that are expected to need the same maps.
+            must: Whether an earlier attempt at the same trial was trained on maps; None decides anew.
 
         Returns:
             None if the prefix sees new images in every epoch, if it is not the same in all trials, or if keeping its
             maps does not pay. A line tells the user where a backbone is at fault.
         """
-        if self._bench.spec.workers.prefix_cache == "never" or not params.shows_known_images:
+        if self._bench.spec.workers.prefix_cache == "never" or not params.shows_known_images or must is False:
             return None
         try:
-            if (cut := self._find_cut(params, model)) is None:
-                return None
-            self._freeze(model, params)
-            if self._bench.spec.workers.prefix_cache == "auto" and not self._pays(params, model, cut, n_sharing):
-                return None
-            return self._open_maps(params, model, cut)
-        except NotCacheable as error:
-            self._refuse(params, error)
-            return None
+            return self._find(params, model, None if must else n_sharing)
+        except Exception as error:  # a user's backbone may raise anything when it is taken apart: whole it may do
+            if comes_from_lost_device(error):
+                raise
+            reason = str(error) if isinstance(error, NotCacheable | NotSeparable) else first_line(error)
+        self._refuse(params, reason)
+        self._banks.release_memory()
+        release_memory(self._bench.device)  # out of the except block: its traceback held on to tensors
+        return None
 
     def release_memory(self) -> None:
         """Forget what can be had again."""
         self._banks.release_memory()
 
-    def _refuse(self, params: TrialParams, error: Exception) -> None:
+    def _find(
+        self, params: TrialParams, model: nn.Module, n_sharing: float | None
+    ) -> tuple[CachedPrefix, Spending] | None:
+        """Return the same; without a number of sharing trials whether it pays or not."""
+        if (cut := self._find_cut(params, model)) is None:
+            return None
+        self._freeze(model, params)
+        train = self._load_images(params)[0]
+        preprocessing, device = self._bench.preprocess(params.backbone), self._bench.device
+        found = compute_maps(model, cut.partition, take_sample(train), preprocessing, device).cpu()
+        if not agree(found, cut.sample, device):
+            raise NotCacheable("its frozen layers are not the same in all trials")
+        is_always = self._bench.spec.workers.prefix_cache == "always"
+        if n_sharing is not None and not is_always and not self._pays(params, model, cut, n_sharing):
+            return None
+        return self._open_maps(params, model, cut)
+
+    def _refuse(self, params: TrialParams, reason: str) -> None:
         self._cuts[params.backbone, params.unfrozen_layers] = None
         self._bench.note(
             f"{params.backbone}, {params.unfrozen_layers} unfrozen layers: its frozen layers are computed in every "
-            f"epoch: {error}"
+            f"epoch: {reason}"
         )
 
     # --- the cut ---
@@ -115,7 +136,7 @@ class PrefixBanks:
         """Return the cut of a recipe, verified against the whole model when it is first used.
 
         Raises:
-            NotCacheable: If the prefix is not exactly the same in all trials.
+            NotSeparable, NotCacheable: If it has no prefix, or not exactly the same in all trials.
         """
         key = params.backbone, params.unfrozen_layers
         if key not in self._cuts:
@@ -123,10 +144,7 @@ class PrefixBanks:
             if all(parameter.requires_grad for parameter in model.parameters()):
                 self._cuts[key] = None
                 return None
-            try:
-                self._cuts[key] = self._verify_cut(params, model)
-            except NotSeparable as error:
-                self._refuse(params, error)
+            self._cuts[key] = self._verify_cut(params, model)
         return self._cuts[key]
 
     def _verify_cut(self, params: TrialParams, model: nn.Module) -> _Cut | None:
@@ -143,8 +161,7 @@ class PrefixBanks:
         expected = compute_maps(twin, partition, take_sample(train), preprocessing, device).cpu()
         del twin  # before the model moves to the device: two may not fit
         self._freeze(model, params)
-        found = compute_maps(model, partition, take_sample(train), preprocessing, device).cpu()
-        if hash_prefix(model, partition) != weights_hash or not agree(found, expected, device):
+        if hash_prefix(model, partition) != weights_hash:
             raise NotCacheable("its frozen layers are drawn anew for every trial")
         return _Cut(partition=partition, weights_hash=weights_hash, sample=expected)
 
@@ -187,7 +204,10 @@ class PrefixBanks:
             return maps
 
         open_view(1)  # before the trial's time counts: others will need them as well
-        return CachedPrefix(partition=cut.partition, train=open_train, val=val), spending
+        later = [request for request in requests.values() if not self._banks.is_open(request)]
+        later_bytes = sum(request.n_bytes for request in later)
+        cached = CachedPrefix(partition=cut.partition, train=open_train, val=val, later_bytes=later_bytes)
+        return cached, spending
 
     def _check_precision(self, request: BankRequest, model: nn.Module, cut: _Cut) -> None:
         """Compare what is about to be kept in bfloat16 with float32, once for each bank.

@@ -151,8 +151,8 @@ class SearchLoop:
         if self._unshared is not None:
             self._share_devices(self._unshared)
             return True
-        for worker in idle:
-            if not self._start_trials(worker):
+        for n_started, worker in enumerate(idle):
+            if not self._start_trials(worker, len(idle) - n_started):
                 break
         self._settle()
         # With all workers busy starting up there is something to wait for although nothing is busy yet.
@@ -186,9 +186,9 @@ class SearchLoop:
         self._clock.settle(*probe.decide(), time.monotonic() - started)
         self._unshared = None
 
-    def _start_trials(self, worker: Worker) -> bool:
+    def _start_trials(self, worker: Worker, n_idle: int) -> bool:
         """Start a trial or a cohort; return whether there was one."""
-        batch = self._supply.take(self._list_busy())
+        batch = self._supply.take(self._list_busy(), n_idle)
         if batch is None:
             return False
         members = dict(batch.members)

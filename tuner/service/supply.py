@@ -62,15 +62,16 @@ class Supply:
         """How many more trials may be asked for."""
         return 0 if self.is_late else self.n_missing - self._book.count_running()
 
-    def take(self, busy: Collection[TrialParams]) -> Batch | None:
+    def take(self, busy: Collection[TrialParams], n_idle: int = 1) -> Batch | None:
         """Return what an idle worker trains; None if there is nothing for it.
 
         Args:
             busy: What other workers train now.
+            n_idle: Workers that are idle, this one included.
         """
         if self.is_late:
             return None
-        while self._may_ask():
+        while self._may_ask(n_idle):
             asked = self._book.ask()
             if asked is None:
                 break
@@ -85,10 +86,10 @@ class Supply:
         """Remember that what a trial's frozen layers make of the images is kept now."""
         self._backlog.mark_warm(params)
 
-    def _may_ask(self) -> bool:
+    def _may_ask(self, n_idle: int) -> bool:
         if self._book.queue.next_is_screen:
             return True
-        if self._backlog.is_sated or self._n_startable <= 0:
+        if self._backlog.is_sated(n_idle) or self._n_startable <= 0:
             return False
         # What the screen shows is to guide the sampler: until it ends nothing new is proposed.
         return not self._book.is_screening or self._book.queue.next_is_queued

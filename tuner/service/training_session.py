@@ -24,7 +24,7 @@ from tuner.service.slots import usable_cores
 from tuner.service.step_probe import StepProbe
 from tuner.service.study_data import compare_search_splits
 from tuner.service.workbench import Workbench
-from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial
+from tuner.training.checkpoint import Checkpoint, CheckpointFile, identify_trial, read_made_from
 from tuner.training.device import release_memory
 from tuner.training.loop import TrainingJob
 from tuner.training.metrics import Scores, pool_scores
@@ -156,7 +156,7 @@ class TrainingSession:
         return TrialDone(number=number, outcome=outcome, usage=self._admission.usage)
 
     def _run_trial(self, number: int, params: TrialParams, request: Train) -> TrialDone:
-        job, spending = self._make_cached_job(params, request.n_sharing)
+        job, spending = self._make_cached_job(params, request)
         job = self._admission.admit(job)
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
         file = self._find_checkpoint(number, job, request.checkpoint)
@@ -176,16 +176,19 @@ class TrainingSession:
         usage = Usage() if spending is None else spending.describe_usage()
         return TrialDone(number=number, outcome=outcome, kept=kept, usage=usage)
 
-    def _make_cached_job(self, params: TrialParams, n_sharing: float) -> tuple[TrainingJob, Spending | None]:
+    def _make_cached_job(self, params: TrialParams, request: Train) -> tuple[TrainingJob, Spending | None]:
         """Return the job of a trial, on kept maps of its frozen layers if that saves time, and what those took."""
         job = self._make_job(params)
-        found = self._prefixes.find(params, job.model, n_sharing=n_sharing)
+        made_from = read_made_from(Path(request.checkpoint)) if request.checkpoint else {}
+        must = made_from.get("on_maps")  # a checkpoint serves its own kind alone
+        found = self._prefixes.find(params, job.model, n_sharing=request.n_sharing, must=must)
         if found is None:
             if self._bench.device.type == "cuda":
                 self._prefixes.release_memory()  # a whole model needs the device's memory more
             return job, None
         cached, spending = found
-        return replace(job, cached=cached), spending
+        # Each suffix would be compiled anew, since torch compiles a class's code and each traced graph is a class.
+        return replace(job, cached=cached, compiler=None), spending
 
     def _repeat_trial(self, number: int, params: TrialParams, repeats: tuple[Repeat, ...]) -> TrialDone:
         """Train a trial several times; its report is of all validation images together."""

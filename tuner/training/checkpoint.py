@@ -211,6 +211,15 @@ def identify_trial(params: TrialParams, device: torch.device, *, made_from: Mapp
     }
 
 
+def read_made_from(path: Path) -> dict[str, Any]:
+    """Return what else than its recipe a checkpoint's trial was made from; empty if there is no whole checkpoint."""
+    try:
+        made_from: dict[str, Any] = json.loads(_load(path)["identity"]["made_from"])
+    except Exception:  # noqa: BLE001 - as in ``CheckpointFile.read``, which tells it
+        return {}
+    return made_from
+
+
 def _load(path: Path) -> Any:
     with path.open("rb") as file:
         with zipfile.ZipFile(file) as archive:

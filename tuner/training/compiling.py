@@ -90,7 +90,7 @@ def _compile_static(run: Run) -> Run:
 def _try_step(run: Run, model: nn.Module, inputs: Tensor, dropout: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return the logits of a batch, and all gradients of a loss in one row; leave the model as it was."""
     with keeping_buffers(model), keeping_draws(inputs.device, dropout):
-        logits = run(inputs)
+        logits = run(inputs.clone())  # a suffix may begin with an activation that writes into its input
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(logits.float().square().mean(), trained, allow_unused=True)
     return logits.detach(), torch.cat([each.flatten() for each in found if each is not None])

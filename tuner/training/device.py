@@ -16,6 +16,8 @@ _OUT_OF_MEMORY_WORDS = (
     "out of memory",
     "cannot allocate memory",
     "alloc_failed",  # cuBLAS and cuDNN
+    "could not create a primitive",  # oneDNN, whose scratch memory was refused
+    "could not create a memory",
 )
 
 
@@ -59,9 +61,11 @@ def send_ahead(values: Tensor, device: torch.device) -> Tensor:
     torch's pinned allocator keeps the buffer until the copy is done. From memory that is not pinned torch would wait
     until the device has done all that it was asked for before.
     """
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    if device.type == "cpu":
+        return values.to(device)  # to the host one has to wait: whoever reads it would read what is not there yet
+    return (values.pin_memory() if device.type == "cuda" and not values.is_cuda else values).to(
+        device, non_blocking=True
+    )
 
 
 def seed_everything(seed: int) -> None:

@@ -32,4 +32,6 @@ def train_head(
         return
     if not keep_head:
         draw_head(job.model, recipe.seed)
-    train_only(replace(job, params=recipe, cached=None), on_epoch)  # those maps are of other layers and views
+    # Maps are of other layers and views. Where the trial is taken in parts, so is its head, which gives the same.
+    micro_batch = None if job.micro_batch is None else min(job.micro_batch, recipe.batch_size)
+    train_only(replace(job, params=recipe, cached=None, micro_batch=micro_batch), on_epoch)

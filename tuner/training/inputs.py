@@ -111,14 +111,14 @@ class MapInputs:
         self._source, self._cached = source, cached
         self._dtype = find_dtype(source.model)
         self.forward = cached.partition.bind_suffix(source.model)
-        self._prefix = cached.partition.bind_prefix(source.model)
         self._images = ImageInputs(source)
         self._maps: Tensor | None = None
 
     def start_epoch(self, epoch: int) -> None:
         """Find the maps of the epoch's view, or have them computed."""
-        self._images.start_epoch(epoch)
         self._maps = self._cached.train(epoch)
+        if self._maps is None:
+            self._images.start_epoch(epoch)
 
     def draw(self, rows: Tensor) -> Tensor | None:
         """Look up a batch's view if its maps are not kept."""
@@ -128,8 +128,8 @@ class MapInputs:
         """Return packed maps: shape ``(n, width)``."""
         if self._maps is None:
             with torch.no_grad(), autocast(self._source.device):
-                return self._prefix(self._images.take(rows, draws))
-        return gather_rows(self._maps, send_ahead(rows, self._maps.device), self._source.device)
+                return self._cached.partition.bind_prefix(self._source.model)(self._images.take(rows, draws))
+        return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
 
     def predict(self, val: ImageSet) -> Tensor:
         """Return the logits of the validation images."""

@@ -152,7 +152,7 @@ def measure_need(job: TrainingJob, sizes: tuple[int, int] | None = None) -> Memo
     Raises:
         Diverged: If its loss is not finite from the first.
     """
-    sizes = sizes or _PROBE_SIZES[job.device.type]
+    sizes = sizes or _choose_sizes(job)
     counts = []
     for size in sizes:
         probe = _shrink(job, size)
@@ -171,6 +171,13 @@ def measure_need(job: TrainingJob, sizes: tuple[int, int] | None = None) -> Memo
         gradient_bytes=gradient_bytes,
         scratch_bytes=0 if grown is None else max(0, grown + n_held - counts[-1].peak),
     )
+
+
+def _choose_sizes(job: TrainingJob) -> tuple[int, int]:
+    """Return two numbers of images that suit the device, and that a batch of the trial is not much smaller than."""
+    small, large = _PROBE_SIZES[job.device.type]
+    large = min(large, max(2, job.params.batch_size))
+    return min(small, large // 2), large
 
 
 def _shrink(job: TrainingJob, batch_size: int) -> TrainingJob:
@@ -198,7 +205,7 @@ def _shrink_maps(cached: CachedPrefix | None, n_train: int, n_val: int) -> Cache
         return None
     rows = torch.arange(max(n_train, n_val), device=cached.val.device) % len(cached.val)
     maps = cached.val[rows]
-    return replace(cached, train=lambda _: maps[:n_train], val=maps[:n_val])
+    return replace(cached, train=lambda _: maps[:n_train], val=maps[:n_val], later_bytes=0)
 
 
 def _repeat_images(images: ImageSet, n_images: int) -> ImageSet:

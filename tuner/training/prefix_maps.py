@@ -1,10 +1,13 @@
 """What a frozen prefix makes of images, computed once: all that a trial needs of them if only its suffix trains."""
 
 import hashlib
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +33,8 @@ class CachedPrefix:
     on the host. May compute them. None: they cannot be kept, and the epoch's batches go through the prefix."""
     val: Tensor
     """Of the validation images, as above."""
+    later_bytes: int = 0
+    """Of maps that later epochs will open."""
 
 
 def find_map_dtype(device: torch.device) -> torch.dtype:
@@ -124,7 +129,7 @@ def verify_partition(
     inputs = build_normaliser(preprocessing, device, dtype)(take_batch(images, rows, device, dtype)[0])
     prefix, suffix = partition.bind_prefix(model), partition.bind_suffix(model)
     was_training = model.training
-    with torch.no_grad():
+    with torch.no_grad(), keeping_buffers(model):
         maps = prefix(inputs)
         parts = torch.cat([prefix(part) for part in torch.split(inputs, _N_APART)])
     if not agree(parts, maps, device):
@@ -147,8 +152,8 @@ class _Step:
     logits: Tensor
     gradients: Tensor
     """All of them, one after the other."""
-    drawn: Tensor
-    """State of the device's random numbers afterwards."""
+    drawn: tuple[Any, ...]
+    """States of all generators afterwards that a backbone may draw from."""
 
 
 def _try_step(forward: Callable[[Tensor], Tensor], inputs: Tensor, model: nn.Module, device: torch.device) -> _Step:
@@ -159,12 +164,18 @@ def _try_step(forward: Callable[[Tensor], Tensor], inputs: Tensor, model: nn.Mod
         logits = forward(inputs.clone())  # activations may write into it
         logits.square().mean().backward()  # type: ignore[no-untyped-call]
     gradients = [each.grad.flatten() for each in model.parameters() if each.grad is not None]
-    drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return _Step(logits=logits.detach(), gradients=torch.cat(gradients), drawn=drawn)
+    return _Step(logits=logits.detach(), gradients=torch.cat(gradients), drawn=_list_generators(device))
+
+
+def _list_generators(device: torch.device) -> tuple[Any, ...]:
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0)
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state that a user's backbone may draw from
+    states = tuple(state.cpu().numpy().tobytes() for state in (torch.get_rng_state(), on_device))
+    return *states, random.getstate(), name, np.asarray(keys).tobytes(), *rest
 
 
 def _compare(apart: _Step, whole: _Step, device: torch.device, mode: str) -> None:
-    if not torch.equal(apart.drawn, whole.drawn):
+    if apart.drawn != whole.drawn:
         raise NotCacheable(f"its frozen part draws random numbers in {mode} mode")
     if not agree(apart.logits, whole.logits, device):
         raise NotCacheable(f"its logits in {mode} mode are not those of its two parts")

@@ -79,7 +79,7 @@ class StepForward:
         draws = _list_draws(inputs.device, self._dropout)
         buffers = [buffer.clone() for buffer in self._model.buffers()]
         with keeping_buffers(self._model), keeping_draws(inputs.device, self._dropout), torch.no_grad():
-            expected = self._plain(inputs)
+            expected = self._plain(inputs.clone())
             if any(map(_differ, draws, _list_draws(inputs.device, self._dropout))):
                 return False
             if any(map(_differ, buffers, self._model.buffers())):

@@ -19,7 +19,7 @@ def draw(rows: list[int], *, view_seed: int = 5, view: int = 1, strength: float 
 def make_params(**overrides: Any) -> TrialParams:
     """Return a recipe with two views."""
     values = {field.name: 0 for field in dataclasses.fields(TrialParams)}
-    shown = {"views": 2, "view_seed": 9, "augmentation_strength": 0.5, "horizontal_flip": True}
+    shown = {"head_start": None, "views": 2, "view_seed": 9, "augmentation_strength": 0.5, "horizontal_flip": True}
     return TrialParams.from_json(values | shown | overrides)
 
 

@@ -64,9 +64,10 @@ def test_backlog_gives_a_trial_that_cannot_use_features_alone_and_after_the_head
 
 def test_backlog_is_sated_by_one_deeper_trial_or_by_enough_heads() -> None:
     """Asking further ahead would only make proposals older."""
-    assert not make_backlog(HEAD, HEAD, max_ahead=3).is_sated
-    assert make_backlog(HEAD, HEAD, HEAD, max_ahead=3).is_sated
-    assert make_backlog(HEAD, replace(HEAD, unfrozen_layers=2)).is_sated
+    assert not make_backlog(HEAD, HEAD, max_ahead=3).is_sated()
+    assert make_backlog(HEAD, HEAD, HEAD, max_ahead=3).is_sated()
+    assert make_backlog(HEAD, replace(HEAD, unfrozen_layers=2)).is_sated()
+    assert not make_backlog(HEAD, replace(HEAD, unfrozen_layers=2)).is_sated(2)
 
 
 def test_backlog_trains_what_is_given_back_one_by_one_on_images() -> None:

@@ -127,3 +127,29 @@ def test_supply_trains_heads_on_images_once_their_backbone_cannot(
         batch = take(supply)
         assert not (batch.uses_features and batch.members[0][1].backbone == backbone)
         complete(book, batch)
+
+
+def test_supply_lets_idle_workers_choose_among_what_they_would_be_given_anyway(tmp_path: Path) -> None:
+    """Two idle workers: two trials are asked, and the one whose maps are kept goes first, whatever the order."""
+    space = SPACE | {"unfrozen_layers": {"choices": [2, 3]}, "backbone": {"choices": ["test_resnet", "test_vit"]}}
+    asked = [ask_alone(tmp_path / name, space, n_idle=1) for name in ("a", "b")]
+    first, second = asked[0]
+    assert asked[1] == [first, second]  # what the sampler proposes
+    assert ask_alone(tmp_path / "c", space, n_idle=2) == [first, second]
+    assert ask_alone(tmp_path / "d", space, n_idle=2, warm=second) == [second, first]
+
+
+def ask_alone(
+    folder: Path, space: dict[str, Any], *, n_idle: int, warm: TrialParams | None = None
+) -> list[TrialParams]:
+    """Return the recipes that two idle workers of a new study get, one after the other."""
+    folder.mkdir()
+    spec = make_spec(space, search={"sampler": "random", "n_trials": 8}, training={"epochs": 1, "views": 2})
+    book = TrialBook(open_study(make_storage(folder), spec, make_facts(group_counts=dict.fromkeys(BACKBONES, 4))))
+    book.prepare()
+    supply = Supply(book, n_trials=8, deadline=math.inf)
+    if warm is not None:
+        supply.mark_warm(warm)
+    batches = [supply.take((), n_idle), supply.take((), 1)]
+    assert all(batch is not None and batch.n_sharing > 0 for batch in batches)
+    return [batch.members[0][1] for batch in batches if batch is not None]
