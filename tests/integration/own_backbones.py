@@ -124,7 +124,7 @@ class Striding(Deep):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits."""
         rows = self.stem(images).contiguous().flatten(2).transpose(1, 2)  # (n, 49, 6), not in that order in memory
-        gated = rows * self.middle.get_parameter("weight").mean()
+        gated = rows * self.middle.weight.mean()  # type: ignore[operator]
         logits: Tensor = self.fc(self.middle(gated.transpose(1, 2).view(-1, 49).view(-1, 6, 49).mean(2)))
         return logits
 
