@@ -6,11 +6,9 @@ prefix. A trace fixes the mode, so the suffix is traced in both; the prefix is a
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -19,6 +17,7 @@ from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
 from tuner.models.backbone import find_classifiers, first_line
+from tuner.models.crossing import Crossing, pack_maps, unpack_maps
 
 _N_TRIED = (2, 3)
 """Two numbers of images: what differs between them is one per image, what does not is a constant."""
@@ -28,19 +27,8 @@ class NotSeparable(Exception):  # noqa: N818 - a property of a model, no mistake
     """A model has no prefix that can be computed apart; the text says why in one line."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Crossing:
-    """A tensor that the prefix hands to the suffix, as it is for one image."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    has_channels_last: bool
-    """Whether it lies in memory with the channels last; its shape has them first."""
-
-    @property
-    def width(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
+Part = Callable[..., Any]
+"""A traced graph as a function of a model and its inputs. It looks all weights and modules up in the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,41 +36,35 @@ class Partition:
     """The two parts of all models that are built and frozen alike; ``bind_…`` joins them with a model's own weights."""
 
     crossings: tuple[Crossing, ...]
-    prefix: fx.Graph
+    prefix: Part
     """From images, shape ``(n, 3, height, width)``, to the tuple of crossing tensors."""
-    suffix_in_eval: fx.Graph
+    suffix_in_eval: Part
     """From the crossing tensors to logits."""
-    suffix_in_train: fx.Graph
+    suffix_in_train: Part
+    code_hash: str
+    """Identity of what the prefix computes, but for its weights."""
+    prefix_names: frozenset[str]
+    """Of the modules and tensors that the prefix uses."""
 
     @property
     def width(self) -> int:
         """Numbers per image that cross the cut."""
         return sum(crossing.width for crossing in self.crossings)
 
-    @cached_property
-    def code_hash(self) -> str:
-        """Identity of what the prefix computes, but for its weights."""
-        return sha256(self.prefix.python_code("self").src.encode()).hexdigest()
-
     def bind_prefix(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the prefix of a model: from images to what ``pack_maps`` makes of the crossing tensors."""
-        module = _bind(model, self.prefix)
 
         def compute(images: Tensor) -> Tensor:
-            return pack_maps(module(images), self.crossings)
+            return pack_maps(self.prefix(model, images), self.crossings)
 
         return compute
 
     def bind_suffix(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """Return the suffix of a model: from packed maps to logits, in the mode that the model is in.
-
-        Args:
-            model: On its device; its parameters and modules are used, not copied.
-        """
-        in_eval, in_train = _bind(model, self.suffix_in_eval), _bind(model, self.suffix_in_train)
+        """Return the suffix of a model: from packed maps to logits, in the mode that the model is in."""
 
         def compute(maps: Tensor) -> Tensor:
-            logits: Tensor = (in_train if model.training else in_eval)(*unpack_maps(maps, self.crossings))
+            part = self.suffix_in_train if model.training else self.suffix_in_eval
+            logits: Tensor = part(model, *unpack_maps(maps, self.crossings))
             return logits
 
         return compute
@@ -90,55 +72,30 @@ class Partition:
     def list_prefix_tensors(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield the names and tensors of a model that the prefix computes with, buffers included."""
         state = model.state_dict(keep_vars=True) | dict(model.named_buffers())
-        targets = {str(node.target) for node in self.prefix.nodes if node.op in {"call_module", "get_attr"}}
         for name, tensor in state.items():
             parts = name.split(".")
-            if any(".".join(parts[:length]) in targets for length in range(1, len(parts) + 1)):
+            if any(".".join(parts[:length]) in self.prefix_names for length in range(1, len(parts) + 1)):
                 yield name, tensor
 
 
-def _bind(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    module = fx.GraphModule(model, graph)
-    graph.owning_module = None  # graphs outlive models
-    return module
-
-
-def pack_maps(tensors: tuple[Tensor, ...], crossings: tuple[Crossing, ...]) -> Tensor:
-    """Return crossing tensors as one row per image, shape ``(n, width)``, in the order in which they lie in memory."""
-    rows = [
-        (tensor.movedim(1, -1) if crossing.has_channels_last else tensor).flatten(1)
-        for tensor, crossing in zip(tensors, crossings, strict=True)
-    ]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-
-
-def unpack_maps(maps: Tensor, crossings: tuple[Crossing, ...]) -> tuple[Tensor, ...]:
-    """Return what ``pack_maps`` packed, in the types that it had unless it is kept in float64."""
-    tensors = []
-    for rows, crossing in zip(
-        torch.split(maps, [crossing.width for crossing in crossings], dim=1), crossings, strict=True
-    ):
-        if crossing.has_channels_last:
-            channels, *place = crossing.shape
-            tensor = rows.reshape(len(rows), *place, channels).movedim(-1, 1)
-        else:
-            tensor = rows.reshape(len(rows), *crossing.shape)
-        tensors.append(tensor if maps.dtype == torch.float64 else tensor.to(crossing.dtype))
-    return tuple(tensors)
+def _write_part(model: nn.Module, graph: fx.Graph) -> Part:
+    """Return a graph as a function, which outlives the model that it was traced from."""
+    part: Part = type(fx.GraphModule(model, graph)).forward
+    return part
 
 
 def partition_model(model: nn.Module, images: Tensor) -> Partition:
     """Cut a model below the first layer that trains.
 
     Args:
-        model: Frozen by ``freeze_layers``, on the device. Its mode is put back.
+        model: Frozen by ``freeze_layers``, on the device. Its mode and its buffers are put back.
         images: Three at least, as the model takes them, on the device.
 
     Raises:
         NotSeparable: If its forward pass cannot be traced, if nothing is frozen, or if what crosses the cut is not one
             tensor of fixed shape for each image.
     """
-    with _keeping_mode(model):
+    with _keeping_state(model):
         graphs = {}
         for mode in ("train", "eval"):
             model.train()
@@ -146,22 +103,32 @@ def partition_model(model: nn.Module, images: Tensor) -> Partition:
             model.train(mode == "train")
             graphs[mode] = _Cut(model, _trace(model), in_train)
         try:
-            crossings, prefix, in_eval = graphs["eval"].split(images)
-            crossings_in_train, _, in_train_mode = graphs["train"].split(images)
+            crossings, prefix, suffix_in_eval = graphs["eval"].split(images)
+            crossings_in_train, _, suffix_in_train = graphs["train"].split(images)
         except (RuntimeError, AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
             raise NotSeparable(f"its traced forward pass does not run ({first_line(error)})") from error
     if crossings != crossings_in_train:
         raise NotSeparable("what crosses its cut is not the same in train and in eval mode")
-    return Partition(crossings=crossings, prefix=prefix, suffix_in_eval=in_eval, suffix_in_train=in_train_mode)
+    return Partition(
+        crossings=crossings,
+        prefix=_write_part(model, prefix),
+        suffix_in_eval=_write_part(model, suffix_in_eval),
+        suffix_in_train=_write_part(model, suffix_in_train),
+        code_hash=sha256(prefix.python_code("self").src.encode()).hexdigest(),
+        prefix_names=frozenset(str(node.target) for node in prefix.nodes if node.op in {"call_module", "get_attr"}),
+    )
 
 
 @contextmanager
-def _keeping_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
+def _keeping_state(model: nn.Module) -> Iterator[None]:
+    was_training, buffers = model.training, [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         model.train(was_training)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 class _Tracer(fx.Tracer):
@@ -246,9 +213,9 @@ class _Cut:
 
     def _show(self, handed: list[fx.Node], images: Tensor) -> tuple[Any, ...]:
         """Return the values of nodes of the prefix for images."""
-        module = _bind(self._model, self._copy_prefix(handed)).eval()
+        part = _write_part(self._model, self._copy_prefix(handed))
         with torch.no_grad():
-            values: tuple[Any, ...] = module(images)
+            values: tuple[Any, ...] = part(self._model, images)
         return values
 
     def _describe(self, node: fx.Node, few: Tensor, more: Any) -> Crossing:

@@ -72,7 +72,7 @@ class PrefixBanks:
         self._bench = bench
         self._banks = OpenBanks(bench, coordinator)
         self._cuts: dict[tuple[str, int], _Cut | None] = {}
-        self._costs: dict[tuple[str, int, int, bool], PrefixCost] = {}
+        self._costs: dict[tuple[str, int], PrefixCost] = {}
 
     def find(
         self, params: TrialParams, model: nn.Module, *, n_sharing: float, must: bool | None = None
@@ -262,18 +262,10 @@ class PrefixBanks:
         return cached < uncached
 
     def _measure(self, params: TrialParams, model: nn.Module, cut: _Cut) -> PrefixCost:
-        view = find_view(params, 1)
-        key = params.backbone, params.unfrozen_layers, params.batch_size, view is not None
+        key = params.backbone, params.unfrozen_layers
         if key not in self._costs:
-            self._costs[key] = measure_cost(
-                model,
-                cut.partition,
-                self._load_images(params)[0],
-                self._bench.preprocess(params.backbone),
-                self._bench.device,
-                batch_size=params.batch_size,
-                view=view,
-            )
+            train, preprocessing = self._load_images(params)[0], self._bench.preprocess(params.backbone)
+            self._costs[key] = measure_cost(model, cut.partition, train, preprocessing, self._bench.device)
         return self._costs[key]
 
 

@@ -125,9 +125,9 @@ def sample_features(
     return compute_features(model, take_sample(images), preprocessing, device, view=view)
 
 
-def take_sample(images: ImageSet) -> ImageSet:
-    """Return the first eight images."""
-    few = slice(N_TRIED)
+def take_sample(images: ImageSet, n_images: int = N_TRIED) -> ImageSet:
+    """Return the first images."""
+    few = slice(n_images)
     return replace(images, pixels=images.pixels[few], labels=images.labels[few], rows=images.rows[few])
 
 

@@ -9,27 +9,26 @@ from torch import Tensor, nn
 
 from tuner.data.feature_store import time_keeping
 from tuner.data.image_set import ImageSet
-from tuner.data.views import View
 from tuner.models.backbone import Preprocessing
 from tuner.models.partition import Partition
-from tuner.training.batches import build_normaliser, find_dtype, gather_rows, list_eval_batches, take_batch
-from tuner.training.device import autocast
-from tuner.training.head_features import show_view
-from tuner.training.prefix_maps import find_map_dtype
+from tuner.training.batches import gather_rows, list_eval_batches
+from tuner.training.head_features import take_sample
+from tuner.training.prefix_maps import compute_maps, find_map_dtype
 
 _N_TIMED = 3
-_SLOW_SECONDS = 1.0
+_LONG_SECONDS = 0.1
 """What takes longer is timed once."""
+_N_TABLE = 256
+"""Rows of a table from which some are fetched: they lie apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixCost:
     """What one image costs, in seconds."""
 
-    train_seconds: float
-    """Prefix in a batch of the trial's size."""
-    eval_seconds: float
-    """Prefix in a batch as large as suits the device without gradients: how maps are computed."""
+    compute_seconds: float
+    """Prefix in a batch as large as suits the device without gradients: how maps are computed. In training batches it
+    takes a little longer, which would cost as much again to find out for each batch size."""
     keep_seconds: float
     """Writing its maps to the cache and reading them back once."""
     take_seconds: float
@@ -55,52 +54,36 @@ def predict_seconds(cost: PrefixCost, demand: Demand) -> tuple[float, float]:
     """Return what the prefix costs all these trials without and with kept maps, in seconds."""
     n_trials = 1 + demand.n_sharing
     shown = demand.epochs * n_trials
-    uncached = shown * (demand.n_train * cost.train_seconds + demand.n_val * cost.eval_seconds)
+    uncached = shown * (demand.n_train + demand.n_val) * cost.compute_seconds
     n_built = demand.n_missing_views * demand.n_train + demand.lacks_val * demand.n_val
-    built = n_built * (cost.eval_seconds + cost.keep_seconds)
+    built = n_built * (cost.compute_seconds + cost.keep_seconds)
     return uncached, built + shown * (demand.n_train + demand.n_val) * cost.take_seconds
 
 
 def measure_cost(
-    model: nn.Module,
-    partition: Partition,
-    images: ImageSet,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    *,
-    batch_size: int,
-    view: View | None,
+    model: nn.Module, partition: Partition, images: ImageSet, preprocessing: Preprocessing, device: torch.device
 ) -> PrefixCost:
     """Time a model's prefix and its maps on some images.
 
     Args:
-        model: Frozen by ``freeze_layers``, on the device.
+        model: Frozen by ``freeze_layers``, on the device; its prefix has been run before.
         partition: Of this model.
         images: Those of the trial.
         preprocessing: The backbone's.
         device: Where the trial trains.
-        batch_size: The trial's.
-        view: What an epoch shows; None shows the images as they are.
     """
-    dtype = find_dtype(model)
-    prefix, normalise = partition.bind_prefix(model), build_normaliser(preprocessing, device, dtype)
+    batch = list_eval_batches(images, device)[0]
+    few = take_sample(images, len(batch))
 
-    def compute(rows: Tensor) -> Tensor:
-        pixels, _ = take_batch(images, rows, device, dtype)
-        if view is not None:
-            pixels = show_view(view, pixels, images.rows[rows.cpu()])
-        with torch.no_grad(), autocast(device):
-            return prefix(normalise(pixels))
+    def compute() -> Tensor:
+        return compute_maps(model, partition, few, preprocessing, device)
 
-    batch = torch.arange(len(images.labels), device=images.labels.device)[:batch_size]
-    eval_batch = list_eval_batches(images, device)[0]
-    maps = compute(eval_batch).to("cpu", find_map_dtype(device))
-    table = maps.repeat(-(-4 * batch_size // len(maps)), 1)  # of a few batches, so that rows lie apart
-    rows = torch.randperm(len(table))[:batch_size]
+    maps = compute().to("cpu", find_map_dtype(device))
+    table = maps.repeat(-(-_N_TABLE // len(maps)), 1)
+    rows = torch.randperm(len(table))[: len(batch)]
     n_bytes = partition.width * maps.element_size()
     return PrefixCost(
-        train_seconds=_time(lambda: compute(batch), device) / len(batch),
-        eval_seconds=_time(lambda: compute(eval_batch), device) / len(eval_batch),
+        compute_seconds=_time(compute, device) / len(batch),
         keep_seconds=n_bytes * time_keeping(),
         take_seconds=_time(lambda: gather_rows(table, rows, device), device) / len(rows),
     )
@@ -109,7 +92,7 @@ def measure_cost(
 def _time(work: Callable[[], Tensor], device: torch.device) -> float:
     """Return the shortest time of a few tries, in seconds."""
     seconds: list[float] = []
-    while len(seconds) < _N_TIMED and sum(seconds) < _SLOW_SECONDS:
+    while len(seconds) < _N_TIMED and sum(seconds) < _LONG_SECONDS:
         _wait_for(device)
         start = time.perf_counter()
         work()

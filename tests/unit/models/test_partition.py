@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tuner.models.crossing import Crossing, pack_maps, unpack_maps
 from tuner.models.layers import freeze_layers
-from tuner.models.partition import Crossing, NotSeparable, pack_maps, partition_model, unpack_maps
+from tuner.models.partition import NotSeparable, partition_model
 
 IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

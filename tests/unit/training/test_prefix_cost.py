@@ -10,14 +10,14 @@ from tuner.training.prefix_cost import Demand, PrefixCost, measure_cost, predict
 
 from .builders import CPU, PREPROCESSING, SIZE, make_images, make_net
 
-COST = PrefixCost(train_seconds=4.0, eval_seconds=2.0, keep_seconds=0.5, take_seconds=0.25)
+COST = PrefixCost(compute_seconds=2.0, keep_seconds=0.5, take_seconds=0.25)
 COLD = Demand(n_train=100, n_val=10, epochs=3, n_missing_views=1, lacks_val=True, n_sharing=0.0)
 
 
 def test_predict_seconds_counts_each_image_of_each_epoch() -> None:
     """Without maps the prefix sees all images in all epochs; with them once, and they are fetched in all epochs."""
     uncached, cached = predict_seconds(COST, COLD)
-    assert uncached == 3 * (100 * 4.0 + 10 * 2.0)
+    assert uncached == 3 * 110 * 2.0
     assert cached == (100 + 10) * 2.5 + 3 * 110 * 0.25
 
 
@@ -39,7 +39,7 @@ def test_measure_cost_times_everything() -> None:
     """Nothing is free, and everything is per image."""
     net = freeze(make_net())
     partition = partition_model(net, torch.zeros(3, 3, SIZE, SIZE))
-    cost = measure_cost(net, partition, make_images(), PREPROCESSING, CPU, batch_size=16, view=None)
+    cost = measure_cost(net, partition, make_images(), PREPROCESSING, CPU)
     assert all(0 < seconds < 1 for seconds in vars(cost).values())
 
 
