@@ -97,7 +97,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         out=arguments.out or find_place(NAME, describe_provenance()),
         seeds=(PILOT_SEED,) if arguments.pilot else tuple(range(1 if smoke else arguments.seeds)),
         spaces=("S2",) if smoke else arguments.spaces,
-        arms=("A", "B", "D") if smoke else arguments.arms,
+        arms=("B", "D") if smoke else arguments.arms,
         trials=dict.fromkeys(("A", "B", "D"), 2) if smoke else arguments.trials,
         epochs=1 if smoke else arguments.epochs,
         minutes=2.0 if smoke else arguments.minutes,

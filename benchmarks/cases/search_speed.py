@@ -184,7 +184,7 @@ def _run_arm(
         "busy_cores": busy,
         "best": measure_run(rows, shown.seconds, target)["best"],
         # Smoke mode tries the refit once, since each is a start of torch.
-        **({} if settings.smoke and arm != "A" else _confirm(_change(job, folder=places["refit"]), shown, target)),
+        **({} if settings.smoke and arm != "B" else _confirm(_change(job, folder=places["refit"]), shown, target)),
         "floor": shown.floor,
         "n_trials_asked": job.n_trials,
         "minutes": job.minutes,
