@@ -20,7 +20,7 @@ from tuner.trial import TrialParams
 
 DEEP = replace(HEAD, backbone=f"{OWN}:deep", unfrozen_layers=2, epochs=3)
 VIEWS = replace(DEEP, augmentation_strength=0.5, views=2, view_seed=5)
-SLOW = PrefixCost(compute_seconds=1.0, keep_seconds=0.1, take_seconds=0.1)
+SLOW = PrefixCost(compute_seconds=1.0, keep_seconds=0.1, take_seconds=0.1, bank_seconds=0.1)
 CHEAP = replace(SLOW, compute_seconds=0.01)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from tuner.data.array_file import compute_checksum, create_array, map_array
 from tuner.data.cache import make_room, touch
-from tuner.data.locks import locked
+from tuner.data.locks import find_lock, locked
 from tuner.data.memory import available_memory
 from tuner.paths import cache_root, replacing
 
@@ -26,7 +25,7 @@ _FORMAT = 1
 _MEMORY_FRACTION = 0.25
 """Share of the free memory that a bank may take if it cannot be kept."""
 _GIGABYTE = 1e9
-_N_TIMED_BYTES = 1 << 23
+_N_TIMED_BYTES = 1 << 22
 _verified: set[tuple[int, int, int, int]] = set()
 """Files whose bytes this process has compared with their checksum: device, inode, size and checksum."""
 
@@ -122,27 +121,27 @@ def holds_bank(key: Mapping[str, Any]) -> bool:
 
 
 @cache
-def time_keeping() -> float:
-    """Return what a byte costs that is written to the cache, checked and read back, in seconds; timed once.
+def time_keeping() -> tuple[float, float]:
+    """Return what keeping a bank costs beside computing it, in seconds: any bank, and each of its bytes. Timed once.
 
-    A cache that cannot be written costs nothing: what it should keep stays in memory.
+    Finding that it is not there, writing, checking and reading it back. A cache that cannot be written costs little:
+    what it should keep stays in memory.
     """
-    folder = cache_root() / "features"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            start = time.perf_counter()
-            path = Path(place, "timed.npy")
-            array = create_array(path, np.uint8, (_N_TIMED_BYTES,))
-            array[:] = 1
-            array.flush()
-            del array
-            with path.open("rb") as file:
-                compute_checksum(file)
-                map_array(file, np.uint8, (_N_TIMED_BYTES,)).max()
-            return (time.perf_counter() - start) / _N_TIMED_BYTES
-    except OSError:
-        return 0.0
+    small, large = (_time_bank(n_bytes) for n_bytes in (_N_TIMED_BYTES // 1024, _N_TIMED_BYTES))
+    return small, max(0.0, large - small) / _N_TIMED_BYTES
+
+
+def _time_bank(n_bytes: int) -> float:
+    key = {"timed": n_bytes, "process": os.getpid(), "moment": time.time_ns()}
+    start = time.perf_counter()
+    bank = open_bank(key, shape=(1, n_bytes), fill=lambda out: out.fill(1), text="a test of speed", dtype=np.uint8)
+    bank.features.max()
+    seconds = time.perf_counter() - start
+    path = _find_path(key)
+    with suppress(OSError):
+        for each in (path, path.with_suffix(".json"), find_lock(path)):
+            each.unlink(missing_ok=True)
+    return seconds
 
 
 def _find_path(key: Mapping[str, Any]) -> Path:

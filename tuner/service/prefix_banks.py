@@ -113,14 +113,14 @@ class PrefixBanks:
         if (cut := self._find_cut(params, model)) is None:
             return None
         self._freeze(model, params)
+        is_always = self._bench.spec.workers.prefix_cache == "always"
+        if n_sharing is not None and not is_always and not self._pays(params, model, cut, n_sharing):
+            return None
         train = self._load_images(params)[0]
         preprocessing, device = self._bench.preprocess(params.backbone), self._bench.device
         found = compute_maps(model, cut.partition, take_sample(train), preprocessing, device).cpu()
         if not agree(found, cut.sample, device):
             raise NotCacheable("its frozen layers are not the same in all trials")
-        is_always = self._bench.spec.workers.prefix_cache == "always"
-        if n_sharing is not None and not is_always and not self._pays(params, model, cut, n_sharing):
-            return None
         return self._open_maps(params, model, cut)
 
     def _refuse(self, params: TrialParams, reason: str) -> None:

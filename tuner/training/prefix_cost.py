@@ -24,13 +24,15 @@ _N_TABLE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixCost:
-    """What one image costs, in seconds."""
+    """What one image costs, in seconds, and one bank."""
 
     compute_seconds: float
     """Prefix in a batch as large as suits the device without gradients: how maps are computed. In training batches it
     takes a little longer, which would cost as much again to find out for each batch size."""
     keep_seconds: float
     """Writing its maps to the cache and reading them back once."""
+    bank_seconds: float
+    """What keeping any bank takes besides, however small: not of one image."""
     take_seconds: float
     """Fetching its maps for a batch."""
 
@@ -57,6 +59,7 @@ def predict_seconds(cost: PrefixCost, demand: Demand) -> tuple[float, float]:
     uncached = shown * (demand.n_train + demand.n_val) * cost.compute_seconds
     n_built = demand.n_missing_views * demand.n_train + demand.lacks_val * demand.n_val
     built = n_built * (cost.compute_seconds + cost.keep_seconds)
+    built += (demand.n_missing_views + demand.lacks_val) * cost.bank_seconds
     return uncached, built + shown * (demand.n_train + demand.n_val) * cost.take_seconds
 
 
@@ -81,10 +84,11 @@ def measure_cost(
     maps = compute().to("cpu", find_map_dtype(device))
     table = maps.repeat(-(-_N_TABLE // len(maps)), 1)
     rows = torch.randperm(len(table))[: len(batch)]
-    n_bytes = partition.width * maps.element_size()
+    bank_seconds, byte_seconds = time_keeping()
     return PrefixCost(
         compute_seconds=_time(compute, device) / len(batch),
-        keep_seconds=n_bytes * time_keeping(),
+        keep_seconds=partition.width * maps.element_size() * byte_seconds,
+        bank_seconds=bank_seconds,
         take_seconds=_time(lambda: gather_rows(table, rows, device), device) / len(rows),
     )
 

@@ -10,7 +10,7 @@ from tuner.training.prefix_cost import Demand, PrefixCost, measure_cost, predict
 
 from .builders import CPU, PREPROCESSING, SIZE, make_images, make_net
 
-COST = PrefixCost(compute_seconds=2.0, keep_seconds=0.5, take_seconds=0.25)
+COST = PrefixCost(compute_seconds=2.0, keep_seconds=0.5, take_seconds=0.25, bank_seconds=7.0)
 COLD = Demand(n_train=100, n_val=10, epochs=3, n_missing_views=1, lacks_val=True, n_sharing=0.0)
 
 
@@ -18,7 +18,7 @@ def test_predict_seconds_counts_each_image_of_each_epoch() -> None:
     """Without maps the prefix sees all images in all epochs; with them once, and they are fetched in all epochs."""
     uncached, cached = predict_seconds(COST, COLD)
     assert uncached == 3 * 110 * 2.0
-    assert cached == (100 + 10) * 2.5 + 3 * 110 * 0.25
+    assert cached == (100 + 10) * 2.5 + 2 * 7.0 + 3 * 110 * 0.25
 
 
 def test_predict_seconds_of_kept_maps_is_fetching_alone() -> None:
@@ -32,7 +32,7 @@ def test_predict_seconds_spreads_the_computing_over_all_that_share_it() -> None:
     alone = replace(COLD, n_missing_views=3, lacks_val=False)
     uncached, cached = predict_seconds(COST, replace(alone, n_sharing=2.0))
     assert uncached == 3 * predict_seconds(COST, alone)[0]
-    assert cached == 3 * 100 * 2.5 + 9 * 110 * 0.25
+    assert cached == 3 * 100 * 2.5 + 3 * 7.0 + 9 * 110 * 0.25
 
 
 def test_measure_cost_times_everything() -> None:
