@@ -89,6 +89,14 @@ def test_trial_without_a_known_frozen_part_trains_on_images_unsaid(tmp_path: Pat
     assert worker.notes == []
 
 
+def test_random_weights_are_no_fault_of_the_backbone(tmp_path: Path) -> None:
+    """Its frozen layers are others in every trial because the study file says so: nothing is tried, nothing is told."""
+    tables = {"backbones": {"test_resnet": {"weights": "random"}}, "workers": {"prefix_cache": "always"}}
+    worker = Worker(folder=tmp_path, backbone="test_resnet", tables=tables)
+    assert train(worker, DEEP) == "none"
+    assert worker.notes == []
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -61,6 +61,11 @@ def find_weights(name: str, section: BackboneSection) -> WeightsInfo:
             return WeightsInfo(kind=kind, detail="random", fingerprint="random")
 
 
+def draws_weights(name: str, section: BackboneSection) -> bool:
+    """Whether a backbone's weights are drawn from each trial's seed; a user's function may still load some."""
+    return _choose_kind(name, section) == "random"
+
+
 def _choose_kind(name: str, section: BackboneSection) -> Kind:
     if section.weights not in {None, "random"}:
         return "file"

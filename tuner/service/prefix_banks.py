@@ -11,6 +11,7 @@ from tuner.data.image_set import ImageSet
 from tuner.data.views import View, find_view
 from tuner.models.layers import freeze_layers
 from tuner.models.partition import NotSeparable, Partition, partition_model
+from tuner.models.weights import draws_weights
 from tuner.service.messages import Coordinator
 from tuner.service.open_banks import BankRequest, OpenBanks
 from tuner.service.outcomes import comes_from_lost_device, first_line
@@ -91,6 +92,10 @@ class PrefixBanks:
         """
         if self._bench.spec.workers.prefix_cache == "never" or not params.shows_known_images or must is False:
             return None
+        if self._bench.spec.pretraining is None and draws_weights(
+            params.backbone, self._bench.section(params.backbone)
+        ):
+            return None  # by the user's wish nothing is the same in two trials
         try:
             return self._find(params, model, None if must else n_sharing)
         except Exception as error:  # a user's backbone may raise anything when it is taken apart: whole it may do
