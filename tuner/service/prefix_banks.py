@@ -33,6 +33,9 @@ from tuner.trial import TrialParams, Usage
 _MAX_IMAGES = 6
 """Maps of an image take at most the bytes of so many decoded ones: earlier cuts save less and fill the cache."""
 
+_LEAST_GAIN = 0.1
+"""Share of the prefix's time that keeping its maps must save: a training batch is a little cheaper than is timed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Cut:
@@ -264,7 +267,7 @@ class PrefixBanks:
             n_sharing=n_sharing,
         )
         uncached, cached = predict_seconds(self._measure(params, model, cut), demand)
-        return cached < uncached
+        return cached < (1 - _LEAST_GAIN) * uncached
 
     def _measure(self, params: TrialParams, model: nn.Module, cut: _Cut) -> PrefixCost:
         key = params.backbone, params.unfrozen_layers

@@ -28,7 +28,7 @@ class PrefixCost:
 
     compute_seconds: float
     """Prefix in a batch as large as suits the device without gradients: how maps are computed. In training batches it
-    takes a little longer, which would cost as much again to find out for each batch size."""
+    takes a little more or less, which would cost as much again to find out for each batch size."""
     keep_seconds: float
     """Writing its maps to the cache and reading them back once."""
     bank_seconds: float
