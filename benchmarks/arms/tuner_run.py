@@ -35,7 +35,7 @@ def run_tuner(
     Args:
         job: What to search.
         screen: ``[search] screen``; 0 leaves the key out.
-        views: ``[training] views``; ``fresh`` leaves the key out.
+        views: ``[training] views``.
         prefix_cache: ``[workers] prefix_cache``.
     """
     study_file = job.folder / "study.toml"
@@ -72,7 +72,7 @@ def make_tables(
         "data": {"source": "image_folder", "path": str(material.folder), "image_size": material.image_size},
         "space": job.space.with_backbones(names),
         "backbones": {name: {**facts, "interpolation": "bicubic"} for name, facts in material.backbones.items()},
-        "training": training | ({} if views == "fresh" else {"views": views}),
+        "training": training | {"views": views},
         "search": search | ({"screen": screen} if screen else {}),
         "workers": {"devices": job.device, "prefix_cache": prefix_cache},
     }
