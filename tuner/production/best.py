@@ -11,7 +11,7 @@ from tuner.production.reading import open_stored
 from tuner.search.confirmation import read_confirmation
 from tuner.search.studies import StoredStudy, read_params
 from tuner.search.study_facts import explain_damage
-from tuner.search.trial_attrs import CONFIRM_ATTR, is_confirmation
+from tuner.search.trial_attrs import CONFIRM_ATTR, MICRO_BATCH_ATTR, is_confirmation
 from tuner.search.warm_start import find_winner
 from tuner.spec.sections import BackboneSection
 
@@ -28,7 +28,8 @@ def best_params(study: str, *, storage: str | None = None, trial: int | None = N
 
     Returns:
         JSON: ``params`` is the whole resolved recipe, ``data`` how images are prepared, ``backbone`` how the backbone
-        is made, ``trial`` where all of it comes from, and ``confirmed``, if it was, what it showed on fresh seeds.
+        is made, ``trial`` where all of it comes from (and ``micro_batch``, if its batches did not fit into memory
+        whole), and ``confirmed``, if it was, what it showed on fresh seeds.
 
     Raises:
         ExportError: If no trial completed, or not the one that was asked for.
@@ -43,6 +44,7 @@ def best_params(study: str, *, storage: str | None = None, trial: int | None = N
             data = _describe_data(stored, recipe["backbone"])
             backbone = _describe_backbone(stored, recipe["backbone"])
             confirmed = _describe_confirmed(stored, chosen.number)
+            parts = _describe_parts(chosen, recipe)
         if confirmed is not None:
             recipe["views"] = "fresh"  # as it was confirmed, whatever the search kept for speed
         return {
@@ -51,6 +53,7 @@ def best_params(study: str, *, storage: str | None = None, trial: int | None = N
                 "number": chosen.number,
                 "objective": stored.spec.study.objective,
                 "value": chosen.value,
+                **parts,
             },
             "params": recipe,
             "data": data,
@@ -69,6 +72,15 @@ def _find_completed(stored: StoredStudy, number: int) -> FrozenTrial:
         got = f"one that confirms trial {confirmed}; take that one"
         raise ExportError(f"study {stored.name!r}: trial {number} must be one of the search, got {got}")
     return trials[number]
+
+
+def _describe_parts(trial: FrozenTrial, recipe: dict[str, Any]) -> dict[str, int]:
+    """Return in how large parts a trial's batches went through the model, if not whole."""
+    if (micro_batch := trial.user_attrs.get(MICRO_BATCH_ATTR)) is None:
+        return {}
+    if not 1 <= int(micro_batch) <= recipe["batch_size"]:
+        raise ValueError(f"micro_batch must lie in [1, {recipe['batch_size']}], got {micro_batch}")
+    return {"micro_batch": int(micro_batch)}
 
 
 def _describe_confirmed(stored: StoredStudy, number: int) -> dict[str, Any] | None:

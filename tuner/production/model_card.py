@@ -53,6 +53,7 @@ def make_card(
             "trial": recipe.number,
             "objective": recipe.spec.study.objective,
             "value": recipe.value,
+            "micro_batch": recipe.micro_batch,
             "n_trials": recipe.n_trials,
             "device_seconds": recipe.ledger.to_json(),
         },

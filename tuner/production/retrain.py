@@ -193,10 +193,16 @@ class _Retraining:
             model = prepare_model(params, self._recipe.spec, images.n_classes, self._pretrain())
             self._announce(
                 f"retraining trial {self._recipe.number} ({params.backbone}) on {len(images.labels)} images of "
-                f"{splits}, {params.epochs} epochs, {device}{purpose}"
+                f"{splits}, {params.epochs} epochs, {device}{self._tell_parts()}{purpose}"
             )
             job = TrainingJob(
-                model=model, params=params, train=images, val=None, preprocessing=self._preprocessing, device=device
+                model=model,
+                params=params,
+                train=images,
+                val=None,
+                preprocessing=self._preprocessing,
+                device=device,
+                micro_batch=self._recipe.micro_batch,
             )
             try:
                 train_head(job, keep_head=keeps_head(self._recipe.spec, params.backbone), on_epoch=self._announce_head)
@@ -206,6 +212,10 @@ class _Retraining:
                     f"trial {self._recipe.number}: its recipe must converge on {splits} too, got: {error}"
                 ) from error
         return model
+
+    def _tell_parts(self) -> str:
+        micro_batch = self._recipe.micro_batch
+        return "" if micro_batch is None else f", {micro_batch} images at a time"
 
     def _announce_head(self, epoch: int, loss: float) -> None:
         recipe = self._params.head_recipe

@@ -56,6 +56,12 @@ class StoredRecipe:
         return float(self.tables["trial"]["value"])
 
     @property
+    def micro_batch(self) -> int | None:
+        """How many images the trial took at a time, if its batches did not fit into memory whole."""
+        found = self.tables["trial"].get("micro_batch")
+        return None if found is None else int(found)
+
+    @property
     def params(self) -> TrialParams:
         """The trial's resolved recipe."""
         return TrialParams.from_json(self.tables["params"])

@@ -156,6 +156,7 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
         params = replace(TrialParams.from_json(card["recipe"]), views="fresh")
         repeats = [Repeat(**run["repeat"]) for run in card["confirmation"]["runs"][:n_runs]]
         data_hash, weights = card["data"]["hash"], card["weights"]
+        micro_batch = _read_micro_batch(card, params)
     data = read_study_data(spec)
     if data.hash != data_hash:
         raise DataError("data: must be the images of the model card, got other images, labels or splits; restore them")
@@ -188,9 +189,18 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
                 val=move_to(val, chosen),
                 preprocessing=preprocessing,
                 device=chosen,
+                micro_batch=micro_batch,
             )
             runs.append(_train_run(job, keep_head=keeps_head(spec, params.backbone)))
     return runs
+
+
+def _read_micro_batch(card: dict[str, Any], params: TrialParams) -> int | None:
+    """Return how many images a card's trainings took at a time; None for whole batches, as in cards of before."""
+    found = card["search"].get("micro_batch")
+    if found is not None and not 1 <= int(found) <= params.batch_size:
+        raise ValueError(f"search.micro_batch must lie in [1, {params.batch_size}], got {found}")
+    return None if found is None else int(found)
 
 
 def _find_weights(backbone: str, spec: StudySpec, wanted: str, device: torch.device) -> Path | None:

@@ -24,6 +24,8 @@ CONFIRM_ATTR = "confirms"
 """Of a trial that confirms another one alone: that one's number, and which of its fresh seeds this is, from 0."""
 VALUES_ATTR = "repeat_values"
 """Of a trial that was trained several times: the value of each training, in their order."""
+MICRO_BATCH_ATTR = "micro_batch"
+"""Images at a time, of a trial alone whose batches did not fit into memory whole."""
 COST_ATTR = "device_seconds"
 """What the trial took of a device, its preparation included."""
 _PASSING = tuple(reason.value for reason in Reason if reason.may_pass)

@@ -1,6 +1,8 @@
 """Stored studies made by hand: tiny images, one finished trial each, no search."""
 
 import dataclasses
+import json
+import sqlite3
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,13 @@ def read_attrs(url: str, study: str = "sides") -> dict[str, Any]:
     """Return the user attributes of a stored study."""
     with open_stored(study, url) as (stored, _):
         return dict(stored.study.user_attrs)
+
+
+def set_trial_attr(url: str, name: str, value: Any, *, number: int = 0) -> None:
+    """Store a user attribute of a finished trial, which Optuna itself refuses to change."""
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
+        (trial,) = database.execute("SELECT trial_id FROM trials WHERE number = ?", (number,)).fetchone()
+        database.execute("DELETE FROM trial_user_attributes WHERE trial_id = ? AND key = ?", (trial, name))
+        row = (trial, name, json.dumps(value))
+        database.execute("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)", row)
+    database.close()

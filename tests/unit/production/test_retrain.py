@@ -25,7 +25,16 @@ from tuner.training.metrics import score_predictions
 from tuner.training.package import read_manifest
 from tuner.training.pretrain import find_pretrained
 
-from .builders import CLASSES, SMALL_CNN, make_spec, read_attrs, store_example, store_study, write_images
+from .builders import (
+    CLASSES,
+    SMALL_CNN,
+    make_spec,
+    read_attrs,
+    set_trial_attr,
+    store_example,
+    store_study,
+    write_images,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +132,43 @@ def test_train_best_gives_the_same_weights_again(tmp_path: Path) -> None:
         train_best("sides", tmp_path / "out", storage=url, device="cpu")
         weights.append(load_file(tmp_path / "out" / "model.safetensors"))
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+SEEN: list[int] = []
+
+
+class _Counting(nn.Sequential):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            SEEN.append(len(images))
+        return super().forward(images)  # type: ignore[no-any-return]
+
+
+def build_counting(num_classes: int) -> nn.Module:
+    """Return a backbone that notes how many images it trains on at a time."""
+    return _Counting(nn.Flatten(), nn.Linear(3 * 12 * 12, num_classes))
+
+
+def test_train_best_takes_batches_in_the_parts_that_fitted_the_search(tmp_path: Path) -> None:
+    """A batch of eight that went through in parts of three does so again, and the model is that of whole batches."""
+    own = f"{__name__}:build_counting"
+    training = {"backbone": own, "batch_size": 8, "unfrozen_layers": 1, "augmentation_strength": 0.0, "epochs": 2}
+    url = store_example(tmp_path, backbone=own, training=training)
+    lines: list[str] = []
+    weights = []
+    for name in ("whole", "parts"):
+        SEEN.clear()
+        train_best("sides", tmp_path / name, storage=url, device="cpu", allow_code=True, announce=lines.append)
+        assert max(SEEN) == (8 if name == "whole" else 3)
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+        set_trial_attr(url, "micro_batch", 3)
+    assert ["3 images at a time" in line for line in lines if "retraining trial" in line] == [False, False, True, True]
+    assert json.loads((tmp_path / "parts" / "model_card.json").read_text())["search"]["micro_batch"] == 3
+    for whole, parts in zip(*(each.values() for each in weights), strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+    set_trial_attr(url, "micro_batch", 9)
+    with pytest.raises(StudyError, match="must be as 'tuner run' stored it"):
+        best_params("sides", storage=url)
 
 
 def test_train_best_starts_from_the_weights_of_the_search(tmp_path: Path) -> None:
