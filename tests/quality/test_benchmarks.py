@@ -1,7 +1,6 @@
 """Benchmarks run, so that they cannot rot."""
 
 import ast
-import json
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,6 @@ from benchmarks.cases.views import choose_default, compare, describe_views, run_
 from benchmarks.harness import describe, measure
 from benchmarks.search_settings import smoke_settings
 from benchmarks.search_summary import describe_summary, summarise
-from tuner.spec.sections import TrainingSection
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -44,13 +40,6 @@ def test_search_speed_runs_its_arms_in_smoke_mode_and_resumes(tmp_path: Path) ->
         assert "refit_best" in run or run["arm"] != "B"
     assert "| S2 | D | 1 |" in describe_summary(result)
     assert run_search_speed(settings)["runs"] == result["runs"]
-
-
-def test_default_number_of_views_is_the_one_that_was_measured() -> None:
-    """The newest result's, at as many epochs as it was measured with."""
-    result = json.loads(max((ROOT / "benchmarks/results/views").glob("*.json")).read_text(encoding="utf-8"))
-    training = TrainingSection(epochs=result["settings"]["epochs"])
-    assert training.choose_views(trains_all=False) == result["default"]
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def resolve_params(spec: StudySpec, point: Point, group_counts: Mapping[str, int
         horizontal_flip=spec.training.horizontal_flip,
         class_weights=spec.training.class_weights,
         seed=seed,
-        views=spec.training.choose_views(trains_all=values["unfrozen_layers"] >= n_groups),
+        views=spec.training.views,
         view_seed=spec.study.seed,
     )
 

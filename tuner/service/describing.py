@@ -141,17 +141,16 @@ def _list_notes(spec: StudySpec, data: StudyData) -> tuple[str, ...]:
             "no test split: 'tuner train' will have no unbiased number; data.test_fraction = 0.2 keeps one back"
         )
     may_augment = max(_bounds(spec, "augmentation_strength")) > 0
-    views = spec.training.choose_views(trains_all=False)
-    if min(_bounds(spec, "unfrozen_layers")) == 1 and may_augment and views == "fresh":
+    if min(_bounds(spec, "unfrozen_layers")) == 1 and may_augment and spec.training.views == "fresh":
         notes.append(
             "heads with augmentation_strength > 0 train on images, not on kept features: with training.views = "
             '"fresh" no two epochs show the same; views = 8 shows eight fixed versions of each image'
         )
     strength = spec.space.get("augmentation_strength")
     is_continuous = isinstance(strength, FloatRange) and strength.step is None
-    if min(_bounds(spec, "unfrozen_layers")) == 1 and is_continuous and views != "fresh":
+    if min(_bounds(spec, "unfrozen_layers")) == 1 and is_continuous and spec.training.views != "fresh":
         notes.append(
-            f"every augmentation_strength needs features of its own for {views} views of each image, "
+            f"every augmentation_strength needs features of its own for {spec.training.views} views of each image, "
             "which hardly two head trials share; a step in space.augmentation_strength, or choices, lets them"
         )
     return tuple(notes)

@@ -13,10 +13,6 @@ from tuner.spec.space import PARAMETERS, Choices, Distribution, is_number
 MIN_IMAGE_SIZE = 8
 MAX_IMAGE_SIZE = 2048
 """Both in px. A batch of larger images would fill any memory."""
-Views = Literal["fresh"] | int
-"""Of each training image, in a trial."""
-_N_VIEWS, _MAX_SHOWN = 8, 2
-"""Fixed views of an image at least, and how often a trial shows one at most: as good as fresh ones (README, views)."""
 
 
 class Section(BaseModel):
@@ -77,9 +73,9 @@ def _check_plain(value: Any) -> Any:
 
 
 def _check_views(value: Any) -> Any:
-    if value in ("auto", "fresh") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if value == "fresh" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise ValueError('must be "auto", "fresh" or a whole number of views, at least 1')
+    raise ValueError('must be "fresh" or a whole number of views, at least 1')
 
 
 def _check_sharing(value: Any) -> Any:
@@ -174,9 +170,8 @@ class TrainingSection(Section):
     """Whether augmentation may mirror images. False for digits, text and other things with a handedness."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs the same in the training loss."""
-    views: Annotated[Literal["auto"] | Views, BeforeValidator(_check_views)] = "auto"
-    """fresh: each epoch augments every image anew; K: K fixed versions of each image, and epoch e shows e mod K.
-    auto: 8, or half the epochs if that is more, for trials with frozen layers; fresh for those that train all."""
+    views: Annotated[Literal["fresh"] | int, BeforeValidator(_check_views)] = "fresh"
+    """fresh: each epoch augments every image anew; K: K fixed versions of each image, and epoch e shows e mod K."""
     head_start: Literal["none", "screen"] = "none"
     """screen: deeper trials first train their head alone, by the screen's best recipe of the backbone; none: not."""
     backbone: Any = None
@@ -191,16 +186,6 @@ class TrainingSection(Section):
     dropout: Any = None
     warmup_fraction: Any = None
     momentum: Any = None
-
-    def choose_views(self, *, trains_all: bool) -> Views:
-        """Return what the epochs of a trial show.
-
-        Args:
-            trains_all: Whether all its layers train, so that there is nothing to keep of a fixed view.
-        """
-        if self.views != "auto":
-            return self.views
-        return "fresh" if trains_all else max(_N_VIEWS, math.ceil(self.epochs / _MAX_SHOWN))
 
 
 class PretrainingSection(Section):

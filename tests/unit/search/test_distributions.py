@@ -121,29 +121,6 @@ def test_resolve_params_counts_unfrozen_layers(
     assert resolve_params(spec, point, GROUP_COUNTS, seed=1).unfrozen_layers == expected
 
 
-@pytest.mark.parametrize(
-    ("training", "unfrozen_layers", "expected"),
-    [
-        ({}, 1, 8),
-        ({"epochs": 16}, 3, 8),
-        ({"epochs": 17}, 3, 9),
-        ({"epochs": 100}, 3, 50),
-        ({}, "all", "fresh"),
-        ({"views": "auto"}, 1, 8),
-        ({"views": "fresh"}, 1, "fresh"),
-        ({"views": 2, "epochs": 100}, 1, 2),
-        ({"views": 2}, "all", 2),
-    ],
-)
-def test_resolve_params_shows_fixed_views_where_layers_are_frozen(
-    training: dict[str, Any], unfrozen_layers: Any, expected: Any
-) -> None:
-    """By default none is shown more than twice, and a trial that trains all layers, which keeps nothing, none."""
-    training = {"backbone": "test_vit", "unfrozen_layers": unfrozen_layers, **training}
-    spec = make_spec({"lr": {"low": 1e-4, "high": 1e-1}}, training=training)
-    assert resolve_params(spec, {"lr": 0.01}, GROUP_COUNTS, seed=1).views == expected
-
-
 def test_resolve_params_prefers_the_point_then_training_then_defaults() -> None:
     """A recipe is whole: suggested, fixed and default values, and what [training] says of every trial."""
     spec = make_spec(
