@@ -37,8 +37,9 @@ from tuner.production.train_result import NO_TEST, TrainResult, add_result_files
 from tuner.search.samplers import derive_seed
 from tuner.service.study_data import StudyData
 from tuner.training.batches import predict_logits
+from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_start import train_head
-from tuner.training.loop import Diverged, TrainingJob, train_only
+from tuner.training.loop import TrainingJob, train_only
 from tuner.training.package import Manifest, check_replaceable, write_package
 from tuner.training.prepare import keeps_head, prepare_model
 from tuner.training.pretrain import pretrain_backbone

@@ -29,8 +29,9 @@ from tuner.production.model_card import CARD_NAME, explain_card, read_card
 from tuner.service.study_data import read_study_data
 from tuner.spec.own_code import check_code
 from tuner.spec.sections import BackboneSection, StudySpec
+from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_start import train_head
-from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.prepare import keeps_head, prepare_model
 from tuner.training.pretrain import identify_pretraining, pretrain_backbone
 from tuner.trial import Repeat, TrialParams

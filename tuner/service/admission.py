@@ -12,7 +12,8 @@ from tuner.service.workbench import Workbench
 from tuner.spec.sizes import format_bytes
 from tuner.training.checkpoint import Checkpoint, CheckpointFile
 from tuner.training.device import is_device_lost, is_out_of_memory, release_memory
-from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.epoch_numbers import Diverged
+from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.memory import MemoryNeed, depends_on_batch, measure_need, plan_micro_batch
 from tuner.training.memory_meter import Growth, below, count_bytes, find_ceiling, keep_heap_tight
 from tuner.training.memory_needs import MemoryNeeds, describe_training

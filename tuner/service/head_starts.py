@@ -7,9 +7,10 @@ from tuner.service.outcomes import comes_from_lost_device, first_line
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortJob, train_cohort
 from tuner.training.device import release_memory
+from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_features import NotCacheable, put_head
 from tuner.training.head_start import train_head
-from tuner.training.loop import Diverged, TrainingJob
+from tuner.training.loop import TrainingJob
 from tuner.training.prepare import keeps_head, start_heads
 from tuner.trial import TrialParams
 

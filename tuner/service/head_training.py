@@ -9,8 +9,8 @@ from tuner.service.outcomes import blame, comes_from_lost_device, first_line
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort
 from tuner.training.device import release_memory
+from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_features import NotCacheable, put_head
-from tuner.training.loop import Diverged
 from tuner.training.prepare import keeps_head, start_heads
 from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState, Usage
 

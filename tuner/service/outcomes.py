@@ -4,7 +4,7 @@ import traceback
 
 from tuner.errors import DataError, ModelError, OwnCodeError, StorageError
 from tuner.training.device import is_device_lost, is_out_of_memory
-from tuner.training.loop import Diverged
+from tuner.training.epoch_numbers import Diverged
 from tuner.trial import Reason, TrialOutcome, TrialState
 
 

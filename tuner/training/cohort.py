@@ -11,7 +11,7 @@ from torch import Tensor
 from tuner.training.batches import count_batches, draw_order, start_order
 from tuner.training.device import send_ahead
 from tuner.training.dropout import draw_kept, start_dropout
-from tuner.training.loop import (
+from tuner.training.epoch_numbers import (
     Diverged,
     average_losses,
     find_divergence,

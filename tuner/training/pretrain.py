@@ -30,7 +30,8 @@ from tuner.spec.own_code import is_users_code
 from tuner.spec.sections import BackboneSection, PretrainingSection, StudySpec
 from tuner.spec.space import PARAMETERS
 from tuner.training.device import is_out_of_memory, seed_everything
-from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.epoch_numbers import Diverged
+from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.prepare import strip_head
 from tuner.trial import EpochResult, TrialParams
 

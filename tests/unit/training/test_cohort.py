@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuner.training.cohort import CohortJob, differentiate_loss, train_cohort
-from tuner.training.loop import Diverged
+from tuner.training.epoch_numbers import Diverged
 
 from .builders import CPU, make_params
 

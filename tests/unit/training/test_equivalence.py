@@ -24,8 +24,9 @@ from tuner.training import cohort as cohort_module
 from tuner.training import head_features
 from tuner.training.batches import build_normaliser
 from tuner.training.cohort import CohortJob, train_cohort
+from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_features import compute_features, find_linear_head, put_head, verify_head
-from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.metrics import Scores
 from tuner.training.prepare import prepare_model, start_heads
 from tuner.trial import EpochResult, TrialParams

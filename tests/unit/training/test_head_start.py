@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from tuner.training.cohort import CohortJob, train_cohort
+from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_features import compute_features, put_head
 from tuner.training.head_start import train_head
-from tuner.training.loop import Diverged, TrainingJob, train_epochs
+from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.prepare import start_heads
 from tuner.trial import HeadStart
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.image_set import ImageSet
-from tuner.training.loop import Diverged, TrainingJob, train_epochs, train_only
+from tuner.training.epoch_numbers import Diverged
+from tuner.training.loop import TrainingJob, train_epochs, train_only
 
 from .builders import TinyNet, copy_state, make_images, make_job, make_net
 
