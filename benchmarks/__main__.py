@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--studies", type=int, default=honesty.DEFAULT_STUDIES, metavar="N", help="of honesty, in all")
     add_options(parser)
     faults.add_options(parser)
+    views.add_options(parser)
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.cases if name not in known]:
         parser.error(f"unknown case {unknown[0]!r}; the cases are {', '.join(known)}")

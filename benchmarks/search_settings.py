@@ -49,8 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group(NAME)
     options.add_argument("--out", type=Path, help="JSON file to write, and to go on with")
     options.add_argument("--seeds", type=int, default=5, metavar="N")
-    options.add_argument("--spaces", type=_names_of(SEARCH_SPACES), default=tuple(SEARCH_SPACES))
-    options.add_argument("--arms", type=_names_of(ARM_NAMES), default=("A", "B", "D"))
+    options.add_argument("--spaces", type=names_of(SEARCH_SPACES), default=tuple(SEARCH_SPACES))
+    options.add_argument("--arms", type=names_of(ARM_NAMES), default=("A", "B", "D"))
     options.add_argument("--trials", type=_read_numbers, default={"A": 40, "B": 40, "D": 40}, help="40, or A=40,D=1000")
     options.add_argument("--epochs", type=int, default=3)
     options.add_argument("--minutes", type=float, default=30.0, help="the longest that a run may take")
@@ -65,7 +65,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--describe", action="store_true", help="print the table of --out and do nothing")
 
 
-def _names_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+def names_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return what reads a list of known names from the command line."""
+
     def read_names(text: str) -> tuple[str, ...]:
         names = tuple(text.split(","))
         if unknown := [name for name in names if name not in known]:

@@ -1,20 +1,23 @@
 """How many fixed views of each image does it take to train as well as on images that are augmented anew every epoch?
 
     python -m benchmarks views --out R.json --seeds 6     the trainings that the file lacks; the same command resumes
+    python -m benchmarks views --out R.json --seeds 12 --views K=8,fresh --layers 1,2    some of them
     python -m benchmarks views --out R.json --describe    the table again
 
-Arms: K = 1, 2, 4 and 8 fixed views, fresh views, and no augmentation, which shows how much there was to lose. Unit:
-accuracy on val, which chooses nothing here: recipes and epochs are fixed beforehand. A training of an arm is paired
-with that of fresh views on the same images, recipe and seed (of head, order and views), and has as many steps; the arms
-of a pair follow each other in random order. Standard errors are those of the mean over trainings: the images of val are
-the same in all.
+Arms: K = 1, 2, 4 and 8 fixed views, fresh views, and no augmentation, which shows how much there was to lose. Recipes:
+the head alone, the last two layer groups, all layers. Unit: accuracy on val, which chooses nothing here: recipes and
+epochs are fixed beforehand. A training of an arm is paired with that of fresh views on the same images, recipe and seed
+(of head, order and views), and has as many steps; the arms of a pair follow each other in random order. Standard errors
+are those of the mean over trainings: the images of val are the same in all.
 
-The rule for the default: the smallest K which, like every larger one, is on no data set worse than fresh views by more
-than 0.5 points, or by more than one standard error where that is larger. A regression: a larger K follows than the
-README says, or none.
+The rule for the default: the smallest K which, like every larger one, is with no recipe that leaves layers frozen, on
+no data set, worse than fresh views by more than 0.5 points, or by more than one standard error where that is larger.
+Where all layers train there is nothing to keep of a view. A regression: a larger K follows than the README says, or
+none.
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -33,6 +36,7 @@ from benchmarks.material import (
     find_folder,
     make_material,
 )
+from benchmarks.search_settings import names_of
 from benchmarks.study_file import write_study_file
 
 if TYPE_CHECKING:
@@ -49,6 +53,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "no augmentation": {"augmentation_strength": 0.0},
 }
 """What an arm changes in a recipe."""
+LAYERS = ("1", "2", "all")
+"""Unfrozen layers of the recipes."""
 MARGIN = 0.005
 _EPOCHS = 16
 _BATCH_SIZE = 32
@@ -56,6 +62,7 @@ _STRENGTH = 0.5
 _BACKBONE = "mobilenetv2_035"
 _TINY_BACKBONE = "test_resnet"
 _RECIPES: tuple[dict[str, Any], ...] = (
+    {"unfrozen_layers": 1, "lr": 1e-2},
     {"unfrozen_layers": 2, "lr": 1e-3},
     {"unfrozen_layers": "all", "lr": 1e-3},
 )
@@ -144,15 +151,20 @@ def train_arm(bench: "Workbench", recipe: Mapping[str, Any], arm: str, seed: int
 
 
 def compare(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return, for each data set and arm, means and differences to fresh views, as far as runs have their pair."""
+    """Return, for each data set, recipe and arm, means and differences to fresh views, where runs have their pair."""
     base = {_pair(run): run for run in runs if run["arm"] == BASELINE}
-    entries = []
-    for data in dict.fromkeys(run["data"] for run in runs):
-        for arm in ARMS:
-            own = [run for run in runs if (run["data"], run["arm"]) == (data, arm) and _pair(run) in base]
-            if len(own) > 1:
-                entries.append({"data": data, "arm": arm, "n": len(own)} | _compare_arm(own, base))
-    return entries
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if _pair(run) in base:
+            groups.setdefault((run["data"], run["recipe"]["unfrozen_layers"], run["arm"]), []).append(run)
+    data_sets = dict.fromkeys(data for data, _, _ in groups)
+    layers = dict.fromkeys(unfrozen for _, unfrozen, _ in groups)
+    keys = (key for key in itertools.product(data_sets, layers, ARMS) if len(groups.get(key, ())) > 1)
+    return [
+        {"data": key[0], "unfrozen_layers": key[1], "arm": key[2], "n": len(groups[key])}
+        | _compare_arm(groups[key], base)
+        for key in keys
+    ]
 
 
 def _compare_arm(own: Sequence[Mapping[str, Any]], base: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def choose_default(entries: Sequence[Mapping[str, Any]]) -> int | None:
     chosen = None
     numbered = [(changes["views"], arm) for arm, changes in ARMS.items() if isinstance(changes.get("views"), int)]
     for n_views, arm in sorted(numbered, reverse=True):
-        own = [entry for entry in entries if entry["arm"] == arm]
+        own = [entry for entry in entries if entry["arm"] == arm and entry["unfrozen_layers"] != "all"]
         if not own or any(entry["difference"] < -max(MARGIN, entry["standard_error"]) for entry in own):
             break
         chosen = n_views
@@ -184,22 +196,31 @@ def choose_default(entries: Sequence[Mapping[str, Any]]) -> int | None:
 def describe_views(result: Mapping[str, Any]) -> str:
     """Return a result as the rows of the README's table, and what follows."""
     lines = [
-        "| data | arm | trainings | val accuracy | against fresh, points | val loss against fresh |",
-        "|---|---|---|---|---|---|",
+        "| data | unfrozen layers | arm | trainings | val accuracy | against fresh, points | val loss against fresh |",
+        "|" + "---|" * 7,
     ]
     entries = compare(result["runs"])
     for entry in entries:
         error = f" ± {100 * entry['standard_error']:.2f}" if entry["arm"] != BASELINE else ""
         lines.append(
-            f"| {entry['data']} | {entry['arm']} | {entry['n']} | {entry['accuracy']:.4f} | "
-            f"{100 * entry['difference']:+.2f}{error} | {entry['loss_difference']:+.4f} |"
+            f"| {entry['data']} | {entry['unfrozen_layers']} | {entry['arm']} | {entry['n']} | "
+            f"{entry['accuracy']:.4f} | {100 * entry['difference']:+.2f}{error} | {entry['loss_difference']:+.4f} |"
         )
     chosen = choose_default(entries)
     return "\n".join([*lines, f"default: {f'K = {chosen}' if chosen else 'fresh views, no K follows'}"])
 
 
-def run_views(out: Path, *, n_seeds: int, smoke: bool) -> dict[str, Any]:
+def run_views(
+    out: Path, *, n_seeds: int, smoke: bool, arms: Sequence[str] = tuple(ARMS), layers: Sequence[str] = LAYERS
+) -> dict[str, Any]:
     """Run the trainings that a result file does not hold yet, and keep it after each.
+
+    Args:
+        out: The result file.
+        n_seeds: From 0.
+        smoke: Train tiny models on a few digits.
+        arms: Of ``ARMS``.
+        layers: Unfrozen layers of the recipes to train.
 
     Returns:
         The result, as it is on disk.
@@ -229,7 +250,8 @@ def run_views(out: Path, *, n_seeds: int, smoke: bool) -> dict[str, Any]:
             place.mkdir()
             benches[images.name] = open_bench(place, images, smoke=smoke)
         for run in _list_runs(list(benches), n_seeds):
-            if (*_pair(run), run["arm"]) in done:
+            is_asked = run["arm"] in arms and str(run["recipe"]["unfrozen_layers"]) in layers
+            if not is_asked or (*_pair(run), run["arm"]) in done:
                 continue
             numbers = train_arm(benches[run["data"]], run["recipe"], run["arm"], run["seed"])
             result["runs"].append(run | numbers)
@@ -249,6 +271,13 @@ def _list_runs(data: Sequence[str], n_seeds: int) -> Iterator[dict[str, Any]]:
                     yield {"data": name, "recipe": recipe, "seed": seed, "arm": arm}
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this case to the command line."""
+    options = parser.add_argument_group(NAME)
+    options.add_argument("--views", type=names_of(ARMS), default=tuple(ARMS), metavar="K=8,fresh", help="arms to train")
+    options.add_argument("--layers", type=names_of(LAYERS), default=LAYERS, metavar="1,2", help="of recipes to train")
+
+
 def main(options: argparse.Namespace) -> None:
     """Run the case, print its table, and keep what was measured."""
     if options.smoke:
@@ -257,6 +286,6 @@ def main(options: argparse.Namespace) -> None:
         return
     out = options.out or find_place(NAME, describe_provenance())
     if not options.describe:
-        run_views(out, n_seeds=options.seeds, smoke=False)
+        run_views(out, n_seeds=options.seeds, smoke=False, arms=options.views, layers=options.layers)
         print(f"kept in {out}")
     print(describe_views(json.loads(out.read_text(encoding="utf-8"))))

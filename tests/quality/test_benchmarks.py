@@ -58,18 +58,23 @@ def test_honesty_runs_a_study_in_smoke_mode_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_views_runs_its_arms_in_smoke_mode_and_resumes(tmp_path: Path) -> None:
-    """Every arm of every recipe gives an accuracy, and a second call trains nothing."""
+    """Every arm that was asked for gives an accuracy, and a second call trains what is new alone."""
     out = tmp_path / "result.json"
-    result = run_views(out, n_seeds=1, smoke=True)
-    assert {run["arm"] for run in result["runs"]} == set(VIEW_ARMS)
-    assert len(result["runs"]) == 2 * len(VIEW_ARMS)
-    assert "| digits | K=8 | 2 | " in describe_views(result)
-    assert run_views(out, n_seeds=1, smoke=True)["runs"] == result["runs"]
+    result = run_views(out, n_seeds=1, smoke=True, layers=("2",))
+    assert sorted(run["arm"] for run in result["runs"]) == sorted(VIEW_ARMS)
+    assert run_views(out, n_seeds=1, smoke=True, layers=("2",))["runs"] == result["runs"]
+    more = run_views(out, n_seeds=2, smoke=True, arms=("K=8", "fresh"), layers=("1", "2"))
+    assert more["runs"][: len(VIEW_ARMS)] == result["runs"]
+    assert len(more["runs"]) == len(VIEW_ARMS) + 6
+    assert "| digits | 2 | K=8 | 2 | " in describe_views(more)
 
 
-def make_training(arm: str, seed: int, accuracy: float, data: str = "a") -> dict[str, object]:
+def make_training(
+    arm: str, seed: int, accuracy: float, *, data: str = "a", unfrozen_layers: int | str = 2
+) -> dict[str, object]:
     """Return a training of the study of views."""
-    return {"data": data, "recipe": {"lr": 1.0}, "seed": seed, "arm": arm, "accuracy": accuracy, "loss": 1.0}
+    recipe = {"unfrozen_layers": unfrozen_layers, "lr": 1.0}
+    return {"data": data, "recipe": recipe, "seed": seed, "arm": arm, "accuracy": accuracy, "loss": 1.0}
 
 
 def test_views_are_compared_with_fresh_ones_of_the_same_seed() -> None:
@@ -80,30 +85,31 @@ def test_views_are_compared_with_fresh_ones_of_the_same_seed() -> None:
         make_training("fresh", 1, 0.9),
         make_training("K=2", 1, 0.8),
         make_training("K=2", 2, 0.1),
+        make_training("fresh", 0, 0.1, unfrozen_layers="all"),
     ]
     entry = compare(runs)[0]
-    assert (entry["arm"], entry["n"]) == ("K=2", 2)
+    assert (entry["arm"], entry["unfrozen_layers"], entry["n"]) == ("K=2", 2, 2)
     assert entry["difference"] == pytest.approx(-0.1)
     assert entry["standard_error"] == pytest.approx(0.0, abs=1e-9)
 
 
 def make_entries(
-    differences: dict[int, float], data: str = "a", standard_error: float = 0.001
+    differences: dict[int, float], data: str = "a", standard_error: float = 0.001, unfrozen_layers: int | str = 2
 ) -> list[dict[str, object]]:
     """Return comparisons of numbers of views."""
-    return [
-        {"data": data, "arm": f"K={n_views}", "difference": difference, "standard_error": standard_error}
-        for n_views, difference in differences.items()
-    ]
+    shared = {"data": data, "unfrozen_layers": unfrozen_layers, "standard_error": standard_error}
+    return [{**shared, "arm": f"K={n_views}", "difference": gain} for n_views, gain in differences.items()]
 
 
 def test_default_views_are_the_fewest_from_which_on_none_is_worse() -> None:
-    """On every data set, by 0.5 points or a standard error; a lucky small K below a bad one does not count."""
+    """With all recipes of frozen layers, by 0.5 points or a standard error; a lucky K below a bad one does not count."""
     good = make_entries({1: -0.03, 2: -0.004, 4: 0.01, 8: 0.0})
     assert choose_default(good) == 2
     assert choose_default(good + make_entries({1: 0.0, 2: 0.0, 4: -0.02, 8: -0.001}, data="b")) == 8
     assert choose_default(make_entries({1: -0.009, 2: 0.0, 4: 0.0, 8: 0.0}, standard_error=0.01)) == 1
     assert choose_default(make_entries({1: 0.0, 2: 0.0, 4: 0.0, 8: -0.02})) is None
+    assert choose_default(good + make_entries({1: -0.1, 2: -0.1, 4: -0.1, 8: -0.1}, unfrozen_layers=1)) is None
+    assert choose_default(good + make_entries({1: -0.1, 2: -0.1, 4: -0.1, 8: -0.1}, unfrozen_layers="all")) == 2
 
 
 @pytest.mark.slow
