@@ -1,7 +1,12 @@
 """A worker under a memory limit: what fits trains, what fits in parts trains in parts, the rest is not started."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -53,6 +58,27 @@ def train(bench: Workbench, *recipes: TrialParams, repeats: tuple[Repeat, ...] =
     return desk
 
 
+def in_process_of_its_own(test: Callable[..., None]) -> Callable[[], None]:
+    """Run a test that reaches the limit in a new process: what tests before it have freed would be room below it."""
+
+    def run_apart() -> None:
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            call = f"from {__name__} import {test.__name__} as test; test.alone(Path({name!r}))"
+            done = subprocess.run(
+                [sys.executable, "-c", f"from pathlib import Path; {call}"],
+                env=os.environ | {"TUNER_CACHE_DIR": str(folder / "cache")},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 0, done.stderr
+
+    run_apart.__name__, run_apart.__doc__ = test.__name__, test.__doc__
+    run_apart.alone = test  # type: ignore[attr-defined]
+    return run_apart
+
+
 def read_end(done: TrialDone) -> tuple[str, str | None]:
     """Return how a trial ended."""
     return done.outcome.state.value, done.outcome.reason
@@ -99,6 +125,7 @@ def test_batch_that_must_stay_whole_is_not_started(tmp_path: Path) -> None:
     assert len(notes) == 1
 
 
+@in_process_of_its_own
 def test_trial_that_runs_out_in_spite_of_its_prediction_is_the_last_of_its_like(tmp_path: Path) -> None:
     """The limit is real; what it taught is remembered by other workers and smaller batches still train."""
     too_low = MemoryNeed(
@@ -123,13 +150,15 @@ def test_trial_that_runs_out_in_spite_of_its_prediction_is_the_last_of_its_like(
     assert read_end(other[1]) == ("COMPLETE", None)
 
 
-def test_probe_that_does_not_fit_ends_the_trial_and_is_not_remembered(tmp_path: Path, cache: Path) -> None:
+@in_process_of_its_own
+def test_probe_that_does_not_fit_ends_the_trial_and_is_not_remembered(tmp_path: Path) -> None:
     """A limit below a few images: another study's may be higher."""
     bench, _ = make_bench(tmp_path, "2 MB")
     done = train(bench, WHOLE).ends()[0]
     assert read_end(done) == ("PRUNED", "out_of_memory")
     assert "would take even a few images at a time more than all of 2 MB" in done.outcome.message
-    assert not list(cache.iterdir()) if cache.is_dir() else True
+    cache = tmp_path / "cache" / "memory"
+    assert not (cache.is_dir() and list(cache.iterdir()))
 
 
 def test_trials_of_several_trainings_are_admitted_one_by_one(tmp_path: Path) -> None:

@@ -13,9 +13,14 @@ from tests.integration import own_backbones
 from tests.integration.test_feature_banks import Worker
 from tests.integration.test_head_training import HEAD, OWN, Desk
 from tuner.data.cache import clear_cache, list_entries
-from tuner.service import prefix_banks
+from tuner.data.locks import is_mapped
+from tuner.service import earlier_cuts, open_banks, prefix_banks, prefix_payoff
+from tuner.service.admission import Admission, DoesNotFit
 from tuner.service.messages import EpochDone, Train, Verdict
+from tuner.training.head_features import N_TRIED
+from tuner.training.loop import TrainingJob
 from tuner.training.prefix_cost import PrefixCost
+from tuner.training.prefix_maps import compute_maps
 from tuner.trial import TrialParams
 
 DEEP = replace(HEAD, backbone=f"{OWN}:deep", unfrozen_layers=2, epochs=3)
@@ -68,6 +73,62 @@ def test_trials_of_other_recipes_share_maps(tmp_path: Path) -> None:
     assert train(worker, replace(VIEWS, lr=1e-3, batch_size=8, seed=9), 1) == "cached"
     assert train(worker, replace(VIEWS, epochs=1), 2) == "cached"
     assert train(worker, replace(VIEWS, unfrozen_layers=1), 3) == "computed"
+
+
+CUTS = (1, 2, 3)
+
+
+def watch_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the numbers of images that prefixes are computed on from now on, but for the few of a comparison."""
+    seen: list[int] = []
+
+    def watch(model: Any, partition: Any, images: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        if len(images.labels) > N_TRIED:
+            seen.append(len(images.labels))
+        return compute_maps(model, partition, images, *arguments, **options)
+
+    monkeypatch.setattr(prefix_banks, "compute_maps", watch)
+    return seen
+
+
+@pytest.mark.parametrize("params", [DEEP, VIEWS], ids=["plain", "views"])
+@pytest.mark.parametrize("order", [(2, 1), (1, 2)], ids=["earlier first", "later first"])
+def test_maps_of_a_later_cut_follow_from_those_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, params: TrialParams, order: tuple[int, int]
+) -> None:
+    """Whichever is asked for first, the images go through the layers below both once, and every trial is its own."""
+    seen = watch_images(monkeypatch)
+    worker, plain = start(tmp_path), start(tmp_path, "never")
+    for number, unfrozen in enumerate(order):
+        own = replace(params, unfrozen_layers=unfrozen)
+        assert train(worker, own, number, cuts=CUTS) != "none"
+        train(plain, own, number)
+        assert list_losses(worker, number) == pytest.approx(list_losses(plain, number), rel=1e-4)
+    n_train, n_val = (len(images.labels) for images in worker.bench.load_images("bilinear"))
+    assert sorted(seen) == sorted([n_val, *[n_train] * (2 if params is VIEWS else 1)])
+
+
+def test_maps_that_do_not_follow_are_computed_from_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier cut leads to is compared with what a few images give."""
+
+    def leave_empty(*_: Any, out: torch.Tensor, **__: Any) -> None:
+        out.zero_()
+
+    monkeypatch.setattr(prefix_banks, "continue_maps", leave_empty)
+    seen = watch_images(monkeypatch)
+    worker, plain = start(tmp_path), start(tmp_path, "never")
+    own = replace(DEEP, unfrozen_layers=1)
+    assert [train(worker, own, cuts=CUTS), train(plain, own)] == ["computed", "none"]
+    assert list_losses(worker) == pytest.approx(list_losses(plain), rel=1e-4)
+    assert len(seen) == 3  # both splits, and the one that an earlier cut was tried with
+
+
+def test_bank_in_use_leaves_the_cache_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker has mapped cannot be evicted, so it lets go of all but the last beyond its share."""
+    monkeypatch.setattr(open_banks, "_CACHE_FRACTION", 0.0)
+    worker = start(tmp_path)
+    assert [train(worker, VIEWS), train(worker, VIEWS, 1)] == ["computed", "cached"]
+    assert sum(is_mapped(entry.path) for entry in list_entries() if entry.kind == "features") == 1
 
 
 def test_maps_of_code_that_was_edited_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,13 +185,13 @@ def test_maps_are_kept_where_that_pays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cost: PrefixCost, n_sharing: float, expected: str
 ) -> None:
     """By the times that were measured: where fetching maps costs more than the prefix, never."""
-    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: cost)
+    monkeypatch.setattr(prefix_payoff, "measure_cost", lambda *_, **__: cost)
     assert train(start(tmp_path, "auto"), DEEP, n_sharing=n_sharing) == expected
 
 
 def test_maps_that_one_trial_does_not_repay_are_kept_for_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one epoch for each view a trial alone saves nothing; those that come after it do."""
-    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: SLOW)
+    monkeypatch.setattr(prefix_payoff, "measure_cost", lambda *_, **__: SLOW)
     params = replace(VIEWS, epochs=1)
     assert train(start(tmp_path, "auto"), params) == "none"
     assert train(start(tmp_path, "auto"), params, n_sharing=3.0) == "computed"
@@ -138,8 +199,8 @@ def test_maps_that_one_trial_does_not_repay_are_kept_for_many(tmp_path: Path, mo
 
 def test_early_cut_is_left_alone_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its maps are larger than a few images, save little and fill the cache."""
-    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: SLOW)
-    monkeypatch.setattr(prefix_banks, "_MAX_IMAGES", 0)
+    monkeypatch.setattr(prefix_payoff, "measure_cost", lambda *_, **__: SLOW)
+    monkeypatch.setattr(earlier_cuts, "_MAX_IMAGES", 0)
     assert train(start(tmp_path, "auto"), DEEP) == "none"
     assert train(start(tmp_path, "always"), DEEP) == "computed"
 
@@ -161,6 +222,42 @@ def test_maps_without_room_anywhere_are_computed_in_every_epoch(
     worker = start(tmp_path)
     assert train(worker, DEEP) == "none"
     assert worker.notes[0].endswith("its maps take 0.0 GB, more than the cache (TUNER_CACHE_GB) and memory allow")
+
+
+def test_want_of_room_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, and what finds room later is kept."""
+    worker = start(tmp_path)
+    monkeypatch.setenv("TUNER_CACHE_GB", "0")
+    with monkeypatch.context() as full:
+        full.setattr("tuner.data.feature_store._MEMORY_FRACTION", 0)
+        assert [train(worker, DEEP), train(worker, DEEP, 1)] == ["none", "none"]
+    assert len(worker.notes) == 1
+    assert train(worker, DEEP, 2) == "computed"
+
+
+def test_more_maps_than_the_cache_holds_do_not_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be evicted before their next use, and others with them."""
+    monkeypatch.setattr(prefix_payoff, "measure_cost", lambda *_, **__: SLOW)
+    monkeypatch.setattr(open_banks, "_HOST_FRACTION", 0)
+    monkeypatch.setenv("TUNER_CACHE_GB", "0.000001")
+    assert train(start(tmp_path, "auto"), DEEP, n_sharing=9.0) == "none"
+
+
+def test_trial_whose_maps_do_not_fit_its_device_trains_on_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there to save time, and never the reason why a trial is not started."""
+    admit = Admission.admit
+
+    def refuse_maps(self: Admission, job: TrainingJob) -> TrainingJob:
+        if job.cached is not None:
+            raise DoesNotFit("too large")
+        return admit(self, job)
+
+    monkeypatch.setattr(Admission, "admit", refuse_maps)
+    worker, plain = start(tmp_path), start(tmp_path, "never")
+    assert [train(worker, VIEWS), train(plain, VIEWS)] == ["none", "none"]
+    assert list_losses(worker) == list_losses(plain)
 
 
 def test_maps_that_find_no_room_during_a_trial_are_computed_in_that_epoch(
@@ -234,7 +331,7 @@ def test_interrupted_trial_goes_on_as_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
 ) -> None:
     """On maps or on images, whatever would be decided now: its checkpoint serves its own kind alone."""
-    monkeypatch.setattr(prefix_banks, "measure_cost", lambda *_, **__: CHEAP)
+    monkeypatch.setattr(prefix_payoff, "measure_cost", lambda *_, **__: CHEAP)
     file = str(tmp_path / "checkpoint")
     began = start(tmp_path, first, checkpoint_every="0.001s")
     kind = train(began, VIEWS, checkpoint=file)

@@ -102,7 +102,7 @@ def make_entries(
 
 
 def test_default_views_are_the_fewest_from_which_on_none_is_worse() -> None:
-    """With all recipes of frozen layers, by 0.5 points or a standard error; a lucky K below a bad one does not count."""
+    """With all recipes of frozen layers, by 0.5 points or a standard error; a lucky K below a bad one counts not."""
     good = make_entries({1: -0.03, 2: -0.004, 4: 0.01, 8: 0.0})
     assert choose_default(good) == 2
     assert choose_default(good + make_entries({1: 0.0, 2: 0.0, 4: -0.02, 8: -0.001}, data="b")) == 8

@@ -1,4 +1,4 @@
-"""Commands around a search: init, check, run, dashboard."""
+"""Commands around a search: init, check, run, confirm, dashboard."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Commands that turn a search into a model in use: train, predict, export."""
+"""Commands that turn a search into a model in use: train, verify, evaluate, predict, export."""
 
 import json
 import sys

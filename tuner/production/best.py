@@ -44,7 +44,7 @@ def best_params(study: str, *, storage: str | None = None, trial: int | None = N
             data = _describe_data(stored, recipe["backbone"])
             backbone = _describe_backbone(stored, recipe["backbone"])
             confirmed = _describe_confirmed(stored, chosen.number)
-            parts = _describe_parts(chosen, recipe)
+            parts = _describe_parts(stored, chosen, recipe)
         if confirmed is not None:
             recipe["views"] = "fresh"  # as it was confirmed, whatever the search kept for speed
         return {
@@ -74,13 +74,23 @@ def _find_completed(stored: StoredStudy, number: int) -> FrozenTrial:
     return trials[number]
 
 
-def _describe_parts(trial: FrozenTrial, recipe: dict[str, Any]) -> dict[str, int]:
-    """Return in how large parts a trial's batches went through the model, if not whole."""
-    if (micro_batch := trial.user_attrs.get(MICRO_BATCH_ATTR)) is None:
+def _describe_parts(stored: StoredStudy, chosen: FrozenTrial, recipe: dict[str, Any]) -> dict[str, int]:
+    """Return in how large parts batches went through the model where they did not fit whole, the smallest parts.
+
+    Those of the trial, which may have trained on kept maps, and of its confirmations, which train whole models.
+    """
+    trials = [
+        trial
+        for trial in stored.study.get_trials(deepcopy=False)
+        if trial.number == chosen.number
+        or (is_confirmation(trial) and trial.user_attrs[CONFIRM_ATTR]["trial"] == chosen.number)
+    ]
+    parts = [int(trial.user_attrs[MICRO_BATCH_ATTR]) for trial in trials if MICRO_BATCH_ATTR in trial.user_attrs]
+    if not parts:
         return {}
-    if not 1 <= int(micro_batch) <= recipe["batch_size"]:
-        raise ValueError(f"micro_batch must lie in [1, {recipe['batch_size']}], got {micro_batch}")
-    return {"micro_batch": int(micro_batch)}
+    if not 1 <= min(parts) <= recipe["batch_size"]:
+        raise ValueError(f"micro_batch must lie in [1, {recipe['batch_size']}], got {min(parts)}")
+    return {"micro_batch": min(parts)}
 
 
 def _describe_confirmed(stored: StoredStudy, number: int) -> dict[str, Any] | None:

@@ -145,7 +145,7 @@ class _Retraining:
             recipe = self._recipe = expect_test(recipe, len(test.labels))
         else:
             self._announce(f"{NO_TEST}; data.test_fraction = 0.2 in a new study keeps one back")
-        with reporting_memory(self._device, n_images=self._params.batch_size, advice=_MEMORY_ADVICE):
+        with reporting_memory(self._device, n_images=self._recipe.n_at_once, advice=_MEMORY_ADVICE):
             images = load_images(recipe, self._data, Split.TRAIN, Split.VAL, n_threads=n_threads)
         duplicates = None if test is None else compare_with_test(self._data, test, images, self._announce)
         started = time.perf_counter()
@@ -179,9 +179,9 @@ class _Retraining:
             for split in (Split.TRAIN, Split.VAL)
         )
         model = self._train_model(train, self._params, "train", purpose=", so that val can calibrate it")
-        with reporting_memory(self._device, n_images=self._params.batch_size, advice=_MEMORY_ADVICE):
+        with reporting_memory(self._device, n_images=self._recipe.n_at_once, advice=_MEMORY_ADVICE):
             val = move_to(val, self._device)
-            logits = predict_logits(model, val, self._preprocessing, self._device, batch_size=self._params.batch_size)
+            logits = predict_logits(model, val, self._preprocessing, self._device, batch_size=self._recipe.n_at_once)
         if not logits.isfinite().all():
             raise ModelError(f"trial {self._recipe.number}: its recipe must converge on train, got logits of infinity")
         return fit_temperature(logits, val.labels.to(self._device))
@@ -189,7 +189,7 @@ class _Retraining:
     def _train_model(self, images: ImageSet, params: TrialParams, splits: str, purpose: str = "") -> nn.Module:
         """Return a model trained on the images of some splits."""
         device = self._device
-        with reporting_memory(device, n_images=params.batch_size, advice=_MEMORY_ADVICE):
+        with reporting_memory(device, n_images=self._recipe.n_at_once, advice=_MEMORY_ADVICE):
             images = move_to(images, device)
             model = prepare_model(params, self._recipe.spec, images.n_classes, self._pretrain())
             self._announce(
@@ -245,7 +245,7 @@ class _Retraining:
             reason=f"train: trial {self._recipe.number} to {folder.resolve()}",
             temperature=temperature,
             preprocessing=self._preprocessing,
-            batch_size=self._params.batch_size,
+            batch_size=self._recipe.n_at_once,
             device=self._device,
             announce=self._announce,
         )

@@ -57,9 +57,14 @@ class StoredRecipe:
 
     @property
     def micro_batch(self) -> int | None:
-        """How many images the trial took at a time, if its batches did not fit into memory whole."""
+        """How many images the trial, or those that confirm it, took at a time, if whole batches did not fit."""
         found = self.tables["trial"].get("micro_batch")
         return None if found is None else int(found)
+
+    @property
+    def n_at_once(self) -> int:
+        """How many images a step takes at a time."""
+        return self.micro_batch or self.params.batch_size
 
     @property
     def params(self) -> TrialParams:

@@ -167,7 +167,7 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
     runs = []
     with (
         using_cores() as n_threads,
-        reporting_memory(chosen, n_images=params.batch_size, advice="choose another --device"),
+        reporting_memory(chosen, n_images=micro_batch or params.batch_size, advice="choose another --device"),
     ):
         load = partial(
             load_image_set,
@@ -197,7 +197,7 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
 
 
 def _read_micro_batch(card: dict[str, Any], params: TrialParams) -> int | None:
-    """Return how many images a card's trainings took at a time; None for whole batches, as in cards of before."""
+    """Return how many images a card's recipe takes at a time; None for whole batches, as in cards of before."""
     found = card["search"].get("micro_batch")
     if found is not None and not 1 <= int(found) <= params.batch_size:
         raise ValueError(f"search.micro_batch must lie in [1, {params.batch_size}], got {found}")

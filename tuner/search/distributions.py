@@ -25,6 +25,7 @@ Point = dict[str, Any]
 
 SANE_LR = {"adamw": 3e-4, "adam": 3e-4, "sgd": 1e-2}
 """A learning rate at which full fine-tuning goes well, by optimizer."""
+_DECIDING_MAPS = ("backbone", "unfrozen_layers", "augmentation_strength")
 
 
 def make_distributions(spec: StudySpec, group_counts: Mapping[str, int]) -> dict[str, BaseDistribution]:
@@ -107,15 +108,7 @@ def resolve_params(spec: StudySpec, point: Point, group_counts: Mapping[str, int
     """
     values: Point = {name: parameter.default for name, parameter in PARAMETERS.items()}
     values |= spec.fixed_params() | point
-    n_groups = group_counts[values["backbone"]]
-    searched = spec.space.get("unfrozen_layers")
-    if values["unfrozen_layers"] == "all":
-        values["unfrozen_layers"] = n_groups
-    elif isinstance(searched, IntRange) and searched.high == "all":
-        n_levels = min(group_counts.values())
-        values["unfrozen_layers"] = resolve_unfrozen_layers(
-            values["unfrozen_layers"], n_groups=n_groups, n_levels=n_levels
-        )
+    values["unfrozen_layers"] = _count_unfrozen(spec, values["unfrozen_layers"], values["backbone"], group_counts)
     recipe: Point = {
         name: float(value) if PARAMETERS[name].kind == "float" else value for name, value in values.items()
     }
@@ -213,3 +206,29 @@ def list_values(distribution: BaseDistribution) -> Iterator[Any]:
 def count_grid(distributions: Mapping[str, BaseDistribution]) -> int:
     """Return how many points a finite space has."""
     return math.prod(len(list(list_values(each))) for each in distributions.values())
+
+
+def count_map_kinds(distributions: Mapping[str, BaseDistribution]) -> float:
+    """Return how many kinds of maps of frozen layers trials may need; infinity if the strength is continuous."""
+    deciding = {name: distributions[name] for name in _DECIDING_MAPS if name in distributions}
+    is_continuous = any(isinstance(each, FloatDistribution) and each.step is None for each in deciding.values())
+    return math.inf if is_continuous else count_grid(deciding)
+
+
+def list_unfrozen(spec: StudySpec, group_counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of unfrozen layers that trials of each backbone may have, in ascending order."""
+    searched = make_distributions(spec, group_counts).get("unfrozen_layers")
+    fixed = spec.fixed_params().get("unfrozen_layers", PARAMETERS["unfrozen_layers"].default)
+    values = [fixed] if searched is None else list(list_values(searched))
+    counts = {name: {_count_unfrozen(spec, value, name, group_counts) for value in values} for name in group_counts}
+    return {name: tuple(sorted(found)) for name, found in counts.items()}
+
+
+def _count_unfrozen(spec: StudySpec, value: Any, backbone: str, group_counts: Mapping[str, int]) -> int:
+    """Return how many layer groups of a backbone train at a value of ``unfrozen_layers``."""
+    searched = spec.space.get("unfrozen_layers")
+    if value == "all":
+        return group_counts[backbone]
+    if isinstance(searched, IntRange) and searched.high == "all":
+        return resolve_unfrozen_layers(value, n_groups=group_counts[backbone], n_levels=min(group_counts.values()))
+    return int(value)

@@ -103,7 +103,8 @@ class Admission:
         if self._foreseen is None:
             yield from train_epochs(job, file, saved)
             return
-        held = count_bytes(job.model) if job.device.type == "cpu" else 0
+        is_there = next(job.model.parameters()).device.type == job.device.type  # then no growth shows it
+        held = count_bytes(job.model) if is_there else 0
         growth, ceiling = Growth(job.device), self._find_ceiling(job, held=held)
         epochs = train_epochs(job, file, saved)
         try:

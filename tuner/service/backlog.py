@@ -1,5 +1,6 @@
 """Trials that were asked and wait for a worker: heads that can be trained together, and the others."""
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -28,8 +29,14 @@ _MapsKey = tuple[str, int, float, int | str]
 class Backlog:
     """Sorts what the sampler proposed; it never asks for anything in particular, which would mislead the sampler."""
 
-    def __init__(self, max_ahead: int) -> None:
-        self._max_ahead = max_ahead
+    def __init__(self, max_ahead: int, n_kinds: float = math.inf) -> None:
+        """Take what bounds it.
+
+        Args:
+            max_ahead: Heads that wait at most.
+            n_kinds: Of maps, that trials of the study may need; infinity: hardly two need the same.
+        """
+        self._max_ahead, self._n_kinds = max_ahead, n_kinds
         self._heads: dict[int, TrialParams] = {}  # in the order in which they were asked
         self._others: dict[int, TrialParams] = {}
         self._repeats: dict[int, tuple[Repeat, ...]] = {}
@@ -103,11 +110,15 @@ class Backlog:
         return 2 if key is not None and key in wanted else 1
 
     def _expect_sharing(self, params: TrialParams, n_left: int) -> float:
-        """Return how many more trials will need a trial's maps, if what comes is like what was asked."""
+        """Return how many more trials will need a trial's maps, if what comes is like what was asked besides it.
+
+        Each kind of maps counts as asked once beforehand (Laplace's rule), so that the first trials expect something.
+        """
         if (key := _find_maps(params)) is None:
             return 0.0
         n_waiting = sum(_find_maps(other) == key for other in self._others.values())
-        return n_waiting + n_left * self._n_asked[key] / (self._n_asked.total() + 1)
+        share = self._n_asked[key] / (self._n_asked.total() - 1 + self._n_kinds)
+        return n_waiting + n_left * share
 
     def mark_warm(self, params: TrialParams) -> None:
         """Remember that what a trial's frozen layers make of the images is kept now."""

@@ -75,6 +75,8 @@ class Train:
     """Trainings of a trial that trains alone, one after the other; none: one, by the recipe's own seed."""
     n_sharing: float = 0.0
     """Further trials that are expected to need what the frozen layers make of the images."""
+    cuts: tuple[int, ...] = ()
+    """Unfrozen layers that trials of the backbone may have: an earlier cut's maps lead to a later one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +298,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "outcome": TrialOutcome.from_json,
     "usage": lambda values: Usage(**values),
     "repeats": lambda values: tuple(Repeat(**each) for each in values),
+    "cuts": tuple,
     "stop": tuple,
     "numbers": tuple,
     "classes": tuple,

@@ -1,6 +1,6 @@
 """Banks in use in a worker: found in the cache or computed, checked before they are trusted, the last kept open."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tuner.data.cache import budget_bytes
 from tuner.data.feature_store import FeatureBank, Values, holds_bank, open_bank
 from tuner.data.image_set import ImageSet
 from tuner.data.memory import available_memory
@@ -25,8 +26,14 @@ _HOST_FRACTION = 0.25
 """Share of the free memory that open banks which the cache does not hold may take together."""
 _DEVICE_FRACTION = 0.2
 """Share of a CUDA device's memory that open banks may take together."""
+_CACHE_FRACTION = 0.125
+"""Share of the cache's budget that a worker keeps mapped: what is mapped is never evicted to make room for others."""
 _GIGABYTE = 1e9
 _KEPT_AS: dict[torch.dtype, type[np.generic]] = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+
+
+class NoRoom(NotCacheable):
+    """Neither the cache nor the memory has room for a bank now; the text says so in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,11 @@ class _Opened:
         return 0 if self.bank.is_kept else self.bank.features.nbytes
 
     @property
+    def mapped_bytes(self) -> int:
+        """Of the cache, which only closing it lets go of."""
+        return self.bank.features.nbytes if self.bank.is_kept else 0
+
+    @property
     def device_bytes(self) -> int:
         return self.values.nbytes if self.values.is_cuda else 0
 
@@ -110,13 +122,13 @@ class OpenBanks:
         """Return a bank and its values, shape ``(n_images, width)``: on the device, or on the host if they are many.
 
         Raises:
-            NotCacheable: If neither the cache nor the memory has room for it.
+            NoRoom: If neither the cache nor the memory has room for it.
         """
         opened = self._opened.pop(request.name, None)  # put back as the last used
         if opened is None:
             try:
                 bank = self._open_bank(request)
-            except NotCacheable:
+            except NoRoom:
                 if not self._opened:
                     raise
                 self._opened.clear()  # what is mapped is never evicted, and may be what fills the cache
@@ -133,6 +145,19 @@ class OpenBanks:
     def is_open(self, request: BankRequest) -> bool:
         """Whether opening a bank takes no more memory."""
         return request.name in self._opened
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether the cache or the memory can hold so many bytes at once, whatever must go for them."""
+        return n_bytes <= max(budget_bytes(), _HOST_FRACTION * available_memory())
+
+    def count_later(self, requests: Iterable[BankRequest]) -> int:
+        """Return the bytes of the device's memory that opening some banks takes at most; on the CPU, the process's."""
+        sizes = [request.n_bytes for request in requests if not self.is_open(request)]
+        if self._bench.device.type != "cuda":
+            return sum(sizes)
+        _, total = torch.cuda.mem_get_info(self._bench.device)
+        room = self._find_device_room()
+        return min(sum(size for size in sizes if size <= room), int(_DEVICE_FRACTION * total))
 
     def release_memory(self) -> None:
         """Forget what can be had again."""
@@ -152,7 +177,7 @@ class OpenBanks:
             )
         except MemoryError as error:
             reason = f"its {request.what} take {size}, more than the cache (TUNER_CACHE_GB) and memory allow"
-            raise NotCacheable(reason) from error
+            raise NoRoom(reason) from error
         if not bank.is_kept and not self._has_noted:
             self._has_noted = True
             self._bench.note(
@@ -169,18 +194,21 @@ class OpenBanks:
 
     def _place(self, values: Tensor) -> Tensor:
         """Move values to the device, unless they would take much of it: those are fetched batch by batch."""
-        device = self._bench.device
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            if values.nbytes > min(_DEVICE_FRACTION * total, free / 2):
-                return values
-        return values.to(device)
+        if self._bench.device.type == "cuda" and values.nbytes > self._find_device_room():
+            return values
+        return values.to(self._bench.device)
+
+    def _find_device_room(self) -> float:
+        """Return the bytes of a bank that is placed on a CUDA device at most."""
+        free, total = torch.cuda.mem_get_info(self._bench.device)
+        return min(_DEVICE_FRACTION * total, free / 2)
 
     def _close_old(self) -> None:
         """Close the banks used longest ago until the others take no more than their share of memory."""
         names, opened = list(self._opened), list(self._opened.values())
         closed = set(range(len(names) - _MAX_OPEN))
         host = [each.host_bytes for each in opened]
+        closed.update(choose_closed([each.mapped_bytes for each in opened], _CACHE_FRACTION * budget_bytes()))
         if any(host):
             closed.update(choose_closed(host, _HOST_FRACTION * (available_memory() + sum(host))))
         if self._bench.device.type == "cuda":

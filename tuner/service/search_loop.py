@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from tuner.search.distributions import list_unfrozen
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
 from tuner.service.confirmation_supply import ConfirmationSupply
@@ -73,6 +74,7 @@ class SearchLoop:
         self._supply: Supply | ConfirmationSupply
         self._end = Deadline()
         self._data_hash = scouted.description.data_hash
+        self._cuts = list_unfrozen(stored.spec, scouted.description.group_counts)
         self._ready = set(scouted.ready)
         self._unshared = scouted if scouted.probes_sharing else None
         self._jobs = deque(
@@ -204,6 +206,7 @@ class SearchLoop:
                 checkpoint=checkpoint,
                 repeats=batch.repeats,
                 n_sharing=batch.n_sharing,
+                cuts=self._cuts[batch.members[0][1].backbone],
             )
         )
         self._book.place(members, worker.slot.device if worker.slot else "")
@@ -295,7 +298,8 @@ class SearchLoop:
         self._announce(worker, done.number, outcome, value)
         self._files.note_end(kept=done.kept)
         ((_, params),) = self._release(worker, (done.number,))
-        if done.usage.features != "none" and isinstance(self._supply, Supply):
+        has_all_maps = done.usage.features != "none" and outcome.state is TrialState.COMPLETE  # of each epoch's view
+        if has_all_maps and isinstance(self._supply, Supply):
             self._supply.mark_warm(params)
         if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
             self._failures.count(origin, done.outcome)

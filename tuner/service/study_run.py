@@ -13,6 +13,7 @@ from tuner.search.confirmation import (
     read_confirmation,
     summarise,
 )
+from tuner.search.distributions import count_map_kinds, make_distributions
 from tuner.search.studies import StoredStudy
 from tuner.search.trial_book import TrialBook
 from tuner.service.confirmation_supply import ConfirmationSupply
@@ -47,7 +48,9 @@ class StudyRun:
             deadline = self._clock.search_deadline()
             if text := self._clock.describe_budget():
                 self._display.show(Noted(text=text))
-            supply = Supply(self._book, n_trials=self._stored.spec.search.n_trials, deadline=deadline.soft)
+            spec, facts = self._stored.spec, self._stored.facts
+            n_kinds = count_map_kinds(make_distributions(spec, facts.group_counts))
+            supply = Supply(self._book, n_trials=spec.search.n_trials, deadline=deadline.soft, n_kinds=n_kinds)
             self._loop.serve(supply, deadline)
             self._note_end(deadline, is_short=supply.is_late and supply.n_missing > 0)
             self._loop.interrupt_running()  # asked ahead, and never begun

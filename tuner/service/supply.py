@@ -1,5 +1,6 @@
 """What is trained next: trials asked of the book, a little ahead, until a cohort may have come together."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -17,18 +18,19 @@ _MAX_GIVEN_BACK = 2
 class Supply:
     """Says what the next worker gets, within the study's number of trials and the run's time."""
 
-    def __init__(self, book: TrialBook, *, n_trials: int, deadline: float) -> None:
+    def __init__(self, book: TrialBook, *, n_trials: int, deadline: float, n_kinds: float = math.inf) -> None:
         """Take the book.
 
         Args:
             book: The study's trials.
             n_trials: As in ``[search]``.
             deadline: Of the run, on the monotonic clock; after it nothing starts.
+            n_kinds: As of ``Backlog``.
         """
         self._book = book
         self._n_trials, self._deadline = n_trials, deadline
         self._max_cohort = max(4, n_trials // 8)
-        self._backlog = Backlog(self._max_cohort)
+        self._backlog = Backlog(self._max_cohort, n_kinds)
         self._n_given_back: Counter[str] = Counter()
 
     @property

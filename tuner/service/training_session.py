@@ -13,13 +13,14 @@ from tuner.data.store import open_store
 from tuner.errors import DataError
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
-from tuner.service.admission import Admission
+from tuner.service.admission import Admission, DoesNotFit
 from tuner.service.feature_banks import FeatureBanks
 from tuner.service.head_starts import HeadStarts
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Probe, Probed, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
-from tuner.service.prefix_banks import PrefixBanks, Spending
+from tuner.service.prefix_banks import PrefixBanks
+from tuner.service.prefix_payoff import Spending
 from tuner.service.slots import usable_cores
 from tuner.service.step_probe import StepProbe
 from tuner.service.study_data import compare_search_splits
@@ -156,8 +157,7 @@ class TrainingSession:
         return TrialDone(number=number, outcome=outcome, usage=self._admission.usage)
 
     def _run_trial(self, number: int, params: TrialParams, request: Train) -> TrialDone:
-        job, spending = self._make_cached_job(params, request)
-        job = self._admission.admit(job)
+        job, spending = self._admit_job(params, request)
         outcome, kept = TrialOutcome(state=TrialState.PRUNED, reason=Reason.PRUNER), False
         file = self._find_checkpoint(number, job, request.checkpoint)
         saved = None if file is None else file.read(job.model)
@@ -176,12 +176,28 @@ class TrainingSession:
         usage = Usage() if spending is None else spending.describe_usage()
         return TrialDone(number=number, outcome=outcome, kept=kept, usage=usage)
 
+    def _admit_job(self, params: TrialParams, request: Train) -> tuple[TrainingJob, Spending | None]:
+        """Return the job of a trial as it fits into memory: on kept maps, or else on images; and what maps took.
+
+        Raises:
+            DoesNotFit: If it does not fit either way.
+        """
+        job, spending = self._make_cached_job(params, request)
+        try:
+            return self._admission.admit(job), spending
+        except DoesNotFit:
+            if job.cached is None:
+                raise
+        job = replace(job, cached=None)  # out of the except block: its traceback held on to the maps
+        self._prefixes.release_memory()
+        return self._admission.admit(job), None
+
     def _make_cached_job(self, params: TrialParams, request: Train) -> tuple[TrainingJob, Spending | None]:
         """Return the job of a trial, on kept maps of its frozen layers if that saves time, and what those took."""
         job = self._make_job(params)
         made_from = read_made_from(Path(request.checkpoint)) if request.checkpoint else {}
         must = made_from.get("on_maps")  # a checkpoint serves its own kind alone
-        found = self._prefixes.find(params, job.model, n_sharing=request.n_sharing, must=must)
+        found = self._prefixes.find(params, job.model, n_sharing=request.n_sharing, must=must, cuts=request.cuts)
         if found is None:
             if self._bench.device.type == "cuda":
                 self._prefixes.release_memory()  # a whole model needs the device's memory more

@@ -156,7 +156,8 @@ def measure_need(job: TrainingJob, sizes: tuple[int, int] | None = None) -> Memo
     counts = []
     for size in sizes:
         probe = _shrink(job, size)
-        held = list_tensors(probe.model) if job.device.type == "cpu" else []
+        # A trial on maps has its model on the device already; another's comes there while it is counted.
+        held = [tensor for tensor in list_tensors(probe.model) if tensor.device.type == job.device.type]
         growth = Growth(job.device)
         with TensorCount(job.device, held) as count:
             for _ in train_epochs(probe):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tuner.data.image_set import ImageSet
 from tuner.data.views import View
 from tuner.models.backbone import Preprocessing
-from tuner.models.partition import Partition
-from tuner.training.batches import build_normaliser, find_dtype, list_eval_batches, take_batch
+from tuner.models.partition import Bridge, Partition
+from tuner.training.batches import build_normaliser, find_dtype, gather_rows, list_eval_batches, take_batch
 from tuner.training.device import autocast, seed_everything
 from tuner.training.head_features import N_TRIED, NotCacheable, agree, keeping_buffers, show_view, take_sample
 
@@ -87,6 +87,42 @@ def compute_maps(
     return out
 
 
+def continue_maps(
+    model: nn.Module,
+    bridge: Bridge,
+    earlier: Tensor,
+    images: ImageSet,
+    device: torch.device,
+    *,
+    out: Tensor,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Fill ``out`` with what a model's prefix makes of images, from what its part below an earlier cut made of them.
+
+    Args:
+        model: Frozen at the later cut or an earlier one, on the device.
+        bridge: Of models that are built like this one.
+        earlier: The earlier cut's packed maps of all images, on the device or on the host.
+        images: In the order of the maps; their pixels are not looked at.
+        device: Where to compute.
+        out: Shape ``(n_images, width)``, for one a mapped file.
+        on_progress: As for ``compute_maps``.
+    """
+    carry_on, n_done = bridge.bind(model), 0
+    for rows in list_eval_batches(images, device):
+        maps = gather_rows(earlier, rows.to(earlier.device), device)
+        with torch.no_grad(), autocast(device):
+            out[n_done : n_done + len(rows)] = carry_on(maps)
+        n_done += len(rows)
+        on_progress(n_done, len(images.labels))
+
+
+def show_few(images: ImageSet, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the first images, eight at most, as a model in a type takes them, on the device."""
+    rows = torch.arange(min(N_TRIED, len(images.labels)), device=images.labels.device)
+    return build_normaliser(preprocessing, device, dtype)(take_batch(images, rows, device, dtype)[0])
+
+
 def check_precision(
     model: nn.Module,
     partition: Partition,
@@ -124,9 +160,7 @@ def verify_partition(
         NotCacheable: If logits, gradients or draws of random numbers are not those of the whole model, in eval and in
             train mode, or if an image's maps depend on its batch.
     """
-    rows = torch.arange(min(N_TRIED, len(images.labels)), device=images.labels.device)
-    dtype = find_dtype(model)
-    inputs = build_normaliser(preprocessing, device, dtype)(take_batch(images, rows, device, dtype)[0])
+    inputs = show_few(images, preprocessing, device, find_dtype(model))
     prefix, suffix = partition.bind_prefix(model), partition.bind_suffix(model)
     was_training = model.training
     with torch.no_grad(), keeping_buffers(model):

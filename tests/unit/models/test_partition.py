@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from tuner.models.crossing import Crossing, pack_maps, unpack_maps
 from tuner.models.layers import freeze_layers
-from tuner.models.partition import NotSeparable, partition_model
+from tuner.models.partition import build_bridge, partition_model
+from tuner.models.tracing import NotSeparable
 
 IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -92,6 +93,24 @@ def test_number_of_images_and_frozen_tables_are_the_suffixs_own() -> None:
     assert crossing.shape == (4, 14, 14)
     maps = partition.bind_prefix(model)(IMAGES)
     torch.testing.assert_close(partition.bind_suffix(model)(maps[:1]), model(IMAGES[:1]))
+
+
+@pytest.mark.parametrize("join", JOINS.values(), ids=list(JOINS))
+def test_bridge_leads_from_a_cut_to_a_later_one_and_never_back(join: Callable[[Net, Tensor], Tensor]) -> None:
+    """Whatever crosses either; what lies below both is not computed again."""
+    model = freeze(Net(join), 1)
+    later = partition_model(model, IMAGES)
+    below = copy.deepcopy(model)
+    earlier = partition_model(freeze(below), IMAGES)
+    bridge = build_bridge(below, IMAGES, earlier=earlier, later=later)
+    with torch.no_grad():
+        for parameter in below.stem.parameters():  # type: ignore[union-attr]
+            parameter.fill_(torch.nan)
+        maps = earlier.bind_prefix(model)(IMAGES)
+        freeze_layers(below, 1)
+        torch.testing.assert_close(bridge.bind(below)(maps), later.bind_prefix(model)(IMAGES))
+    with pytest.raises(NotSeparable, match="does not follow from what crosses an earlier cut"):
+        build_bridge(model, IMAGES, earlier=later, later=earlier)
 
 
 def test_suffix_trains_the_models_own_parameters_and_no_others() -> None:

@@ -5,20 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from tuner.errors import DataError, ExportError, ModelError
 from tuner.production.best import best_params
 from tuner.production.model_card import CARD_NAME, read_card, write_card_text
 from tuner.production.retrain import train_best
 from tuner.production.stored_recipe import expect_test, read_recipe
-from tuner.production.verifying import verify_folder
+from tuner.production.verifying import train_from_card, verify_folder
 from tuner.search.confirmation import CONFIRMATION_ATTR, Wanted, summarise
 from tuner.search.storage import use_storage
 from tuner.search.studies import load_stored, open_study
+from tuner.search.trial_attrs import is_confirmation
 from tuner.search.trial_book import TrialBook
 from tuner.trial import TrialOutcome, TrialState
 
-from .builders import SMALL_CNN, make_epoch, store_example
+from .builders import SMALL_CNN, make_epoch, set_trial_attr, store_example
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +144,29 @@ def test_names_are_no_markdown(tmp_path: Path) -> None:
     text = write_card_text(card)
     assert r"\<script\>, \_\_init\_\_, \[a\](b), \&lt;, x" in text
     assert "\x1b" not in text
+
+
+def test_verify_takes_batches_in_the_smallest_parts_of_the_trial_and_its_confirmations(tmp_path: Path) -> None:
+    """A trial on kept maps may fit whole, and still the whole models that confirm it did not."""
+    training = {"backbone": SMALL_CNN, "batch_size": 8, "unfrozen_layers": 1, "augmentation_strength": 0.0, "epochs": 2}
+    url = store_example(tmp_path, training=training)
+    confirm(url, 0)
+    with use_storage(url) as storage:
+        confirming = [each.number for each in load_stored(storage, "sides").study.trials if is_confirmation(each)]
+    for number, micro_batch in zip(confirming, (4, 3), strict=True):
+        set_trial_attr(url, "micro_batch", micro_batch, number=number)
+    assert best_params("sides", storage=url)["trial"]["micro_batch"] == 3
+    train_best("sides", tmp_path / "model", storage=url, device="cpu")
+    card = read_card(tmp_path / "model")
+    assert card["search"]["micro_batch"] == 3
+    seen: list[int] = []
+
+    def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if module.training:
+            seen.append(len(inputs[0]))
+
+    with register_module_forward_pre_hook(watch):
+        train_from_card(card, "cpu", 1)
+    assert max(seen) == 3
+    with pytest.raises(ModelError, match="micro_batch"):
+        train_from_card({**card, "search": {**card["search"], "micro_batch": 9}}, "cpu", 1)

@@ -1,6 +1,7 @@
 """Tests of tuner.search.distributions."""
 
 import itertools
+import math
 import re
 from typing import Any
 
@@ -11,7 +12,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from tuner.errors import SpecError
 from tuner.search.distributions import (
     check_group_counts,
+    count_map_kinds,
     list_grid,
+    list_unfrozen,
     make_distributions,
     project_default_recipe,
     resolve_params,
@@ -210,3 +213,30 @@ def test_list_grid_refuses_real_numbers() -> None:
     """A range without a step has no end."""
     with pytest.raises(TypeError, match="not finite"):
         list_grid({"lr": FloatDistribution(0.1, 0.2)}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("space", "training", "expected"),
+    [
+        ({"unfrozen_layers": {"low": 1, "high": "all"}}, {}, {"test_resnet": (1, 3, 4, 6), "test_vit": (1, 2, 3, 4)}),
+        ({"unfrozen_layers": {"choices": [3, 1]}}, {}, {"test_resnet": (1, 3), "test_vit": (1, 3)}),
+        ({}, {"unfrozen_layers": 2}, {"test_resnet": (2,), "test_vit": (2,)}),
+        ({}, {}, {"test_resnet": (6,), "test_vit": (4,)}),
+    ],
+)
+def test_list_unfrozen_is_what_recipes_may_have(
+    space: dict[str, Any], training: dict[str, Any], expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Of each backbone, whatever level it is called."""
+    assert list_unfrozen(make_spec({**BACKBONE, **space}, training=training), GROUP_COUNTS) == expected
+
+
+@pytest.mark.parametrize(
+    ("strength", "expected"),
+    [({"choices": [0.0, 0.5]}, 8), ({"low": 0, "high": 1, "step": 0.25}, 20), ({"low": 0, "high": 1}, math.inf)],
+)
+def test_count_map_kinds_is_infinite_for_a_continuous_strength(strength: dict[str, Any], expected: float) -> None:
+    """Two backbones, two cuts, and what augmentation makes of the images; the learning rate does not matter."""
+    space = {**BACKBONE, "unfrozen_layers": {"low": 2, "high": 3}, "augmentation_strength": strength}
+    spec = make_spec({**space, "lr": {"low": 1e-4, "high": 1e-1}})
+    assert count_map_kinds(make_distributions(spec, GROUP_COUNTS)) == expected

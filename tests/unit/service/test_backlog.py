@@ -1,5 +1,6 @@
 """Which trials train together."""
 
+import math
 from dataclasses import replace
 
 from tests.unit.service.test_messages import PARAMS
@@ -15,9 +16,9 @@ def take_numbers(backlog: Backlog, max_cohort: int = 8) -> list[int]:
     return [] if batch is None else [number for number, _ in batch.members]
 
 
-def make_backlog(*recipes: TrialParams, max_ahead: int = 8) -> Backlog:
+def make_backlog(*recipes: TrialParams, max_ahead: int = 8, n_kinds: float = math.inf) -> Backlog:
     """Return a backlog of trials that are numbered from 0."""
-    backlog = Backlog(max_ahead)
+    backlog = Backlog(max_ahead, n_kinds)
     for number, params in enumerate(recipes):
         backlog.add(number, params)
     return backlog
@@ -110,14 +111,21 @@ def test_backlog_gives_trials_last_whose_maps_another_worker_computes() -> None:
 
 
 def test_backlog_expects_what_comes_to_be_like_what_was_asked() -> None:
-    """Those that wait, and of those to come the share that was asked so far; none for repeats and new images."""
-    backlog = make_backlog(DEEP, DEEP, DEEPER, FRESH)
+    """Those that wait, and of those to come the share that was asked besides; none for repeats and new images."""
+    backlog = make_backlog(DEEP, DEEP, DEEPER, FRESH, n_kinds=4)
     first = backlog.take(8, n_left=10)
     assert first is not None
-    assert first.n_sharing == 1 + 10 * 2 / 5
+    assert first.n_sharing == 1 + 10 * (2 / 7)
     shares = [batch.n_sharing for _ in range(3) if (batch := backlog.take(8, n_left=10))]
-    assert shares == [10 * 2 / 5, 10 * 1 / 5, 0.0]
+    assert shares == [10 * (2 / 7), 10 * (1 / 7), 0.0]
     backlog.add(4, DEEP, repeats=(Repeat(seed=1),))
     repeated = backlog.take(8, n_left=10)
     assert repeated is not None
     assert repeated.n_sharing == 0.0
+
+
+def test_backlog_expects_nothing_alike_of_a_continuous_strength() -> None:
+    """But for what waits already, as another attempt at the same trial does."""
+    backlog = make_backlog(DEEP, DEEP)
+    shares = [batch.n_sharing for _ in range(2) if (batch := backlog.take(8, n_left=10))]
+    assert shares == [1.0, 0.0]

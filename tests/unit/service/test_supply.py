@@ -147,7 +147,7 @@ def ask_alone(
     spec = make_spec(space, search={"sampler": "random", "n_trials": 8}, training={"epochs": 1, "views": 2})
     book = TrialBook(open_study(make_storage(folder), spec, make_facts(group_counts=dict.fromkeys(BACKBONES, 4))))
     book.prepare()
-    supply = Supply(book, n_trials=8, deadline=math.inf)
+    supply = Supply(book, n_trials=8, deadline=math.inf, n_kinds=4)
     if warm is not None:
         supply.mark_warm(warm)
     batches = [supply.take((), n_idle), supply.take((), 1)]

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from tuner.data.views import find_view
 from tuner.models.layers import freeze_layers
-from tuner.models.partition import Partition, partition_model
+from tuner.models.partition import Partition, build_bridge, partition_model
 from tuner.spec.sections import BackboneSection, DataSection, StudySection, StudySpec
 from tuner.spec.space import Choices
 from tuner.training.batches import build_normaliser
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.metrics import Scores
-from tuner.training.prefix_maps import CachedPrefix, compute_maps, verify_partition
+from tuner.training.prefix_maps import CachedPrefix, compute_maps, continue_maps, verify_partition
 from tuner.training.prepare import prepare_model
 from tuner.trial import EpochResult, TrialParams
 
@@ -82,7 +82,12 @@ def cut(model: nn.Module, params: TrialParams) -> tuple[nn.Module, Partition]:
     """Return a frozen copy of a model, and its partition."""
     frozen = copy.deepcopy(model).to(memory_format=torch.channels_last)
     freeze_layers(frozen, params.unfrozen_layers)
-    return frozen, partition_model(frozen, build_normaliser(PREPROCESSING, CPU, torch.float64)(TRAIN.pixels[:3] / 255))
+    return frozen, partition_model(frozen, take_inputs(3))
+
+
+def take_inputs(n_images: int) -> Tensor:
+    """Return some images as a model in double precision takes them."""
+    return build_normaliser(PREPROCESSING, CPU, torch.float64)(TRAIN.pixels[:n_images] / 255)
 
 
 def keep_maps(model: nn.Module, params: TrialParams, *, is_mutant: bool = False, delay: int = 0) -> CachedPrefix:
@@ -158,6 +163,19 @@ def test_verify_partition_accepts_the_backbones_of_the_gate(name: str) -> None:
     before = copy.deepcopy(frozen.state_dict())
     verify_partition(frozen, partition, TRAIN, PREPROCESSING, CPU)
     assert all(torch.equal(before[key], value) for key, value in frozen.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_maps_of_a_later_cut_follow_from_those_of_an_earlier_one(name: str) -> None:
+    """The two ways to the head's input, from images and from what the last group but one is fed, give the same."""
+    model = prepare(name, make_deep_params())
+    (at_earlier, earlier), (at_later, later) = (cut(model, make_deep_params(unfrozen_layers=n)) for n in (2, 1))
+    bridge = build_bridge(at_earlier, take_inputs(3), earlier=earlier, later=later)
+    expected, maps = (compute_maps(at_later, each, VAL, PREPROCESSING, CPU) for each in (later, earlier))
+    found, told = torch.full_like(expected, torch.nan), []
+    continue_maps(at_later, bridge, maps, VAL, CPU, out=found, on_progress=lambda *done: told.append(done))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert told[-1] == (len(VAL.labels), len(VAL.labels))
 
 
 def test_maps_of_a_batchnorm_in_train_mode_are_found_out() -> None:
