@@ -108,6 +108,18 @@ def test_maps_of_a_later_cut_follow_from_those_of_an_earlier_one(
     assert sorted(seen) == sorted([n_val, *[n_train] * (2 if params is VIEWS else 1)])
 
 
+def test_earlier_maps_are_left_out_where_the_cache_cannot_hold_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would evict what they are made for."""
+    own = replace(DEEP, unfrozen_layers=1)
+    worker = start(tmp_path)
+    n_images = sum(len(images.labels) for images in worker.bench.load_images("bilinear"))
+    monkeypatch.setattr(prefix_banks, "budget_bytes", lambda: 2 * n_images * 8 * 4)  # a head's input: 8 numbers
+    assert train(worker, own, cuts=CUTS) == "computed"
+    assert len([entry for entry in list_entries() if entry.kind == "features"]) == 2
+
+
 def test_maps_that_do_not_follow_are_computed_from_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier cut leads to is compared with what a few images give."""
 

@@ -34,6 +34,10 @@ class EarlierCut:
     prefix: Prefix
     bridge: Bridge
 
+    def share_of(self, later: Prefix) -> float:
+        """Return how many times the bytes of the other cut's maps its own take."""
+        return self.prefix.partition.width / later.partition.width
+
 
 def is_late(bench: Workbench, partition: Partition) -> bool:
     """Whether maps are small enough to be kept, or the user wants them whatever they take."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from tuner.data.cache import budget_bytes
 from tuner.data.feature_store import FeatureBank
 from tuner.data.image_set import ImageSet
 from tuner.data.views import View, find_view
@@ -181,7 +182,10 @@ class PrefixBanks:
         spending = Spending()
         requests, val_request = self._list_requests(params, model, cut)
         if not all(map(self._banks.is_at_hand, (val_request, *requests.values()))):
-            self._find_earlier(params, model, cut.prefix)  # before the model's first step
+            earlier = self._find_earlier(params, model, cut.prefix)  # before the model's first step
+            n_bytes = sum(request.n_bytes for request in (val_request, *requests.values()))
+            if earlier is not None and earlier.share_of(cut.prefix) * n_bytes + n_bytes > budget_bytes():
+                self._earlier.give_up(params)  # the cache cannot hold both
         for request in (val_request, *requests.values()):
             self._check_precision(request, model, cut.prefix)
         val_bank, val = self._banks.open(val_request)
