@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tuner.data.cache import clear_cache
 from tuner.service import messages, open_banks, training_session
 from tuner.service.describing import describe_study
 from tuner.service.messages import GivenBack, Reply, Train
-from tuner.service.open_banks import choose_closed
+from tuner.service.open_banks import OpenBanks, choose_closed
 from tuner.service.study_data import StudyData, read_study_data
 from tuner.service.training_session import TrainingSession
 from tuner.service.workbench import Workbench
@@ -211,3 +212,18 @@ def test_check_says_that_no_two_heads_share_an_augmentation_strength(
     study = read_study(tmp_path, space={"lr": lr, "augmentation_strength": strength}, training=training)
     notes = describe_study(*study, timed=False).notes
     assert any("needs features of its own for 4 views" in note for note in notes) is expected
+
+
+def test_banks_that_stay_on_the_host_take_no_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 bytes, 60 free: a bank of more than 20 stays on the host, and the others share 20."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
+    banks = OpenBanks(SimpleNamespace(device=torch.device("cuda")), Desk())  # type: ignore[arg-type]
+
+    def count(*sizes: int) -> int:
+        return banks.count_later(SimpleNamespace(name=size, n_bytes=size) for size in sizes)  # type: ignore[misc]
+
+    assert count(21, 1000) == 0
+    assert count(5, 9, 1000) == 14
+    assert count(15, 16) == 20
+    on_host = OpenBanks(SimpleNamespace(device=torch.device("cpu")), Desk())  # type: ignore[arg-type]
+    assert on_host.count_later([SimpleNamespace(name="a", n_bytes=1000)]) == 1000  # type: ignore[list-item]

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,19 +121,36 @@ def test_earlier_maps_are_left_out_where_the_cache_cannot_hold_both(
     assert len([entry for entry in list_entries() if entry.kind == "features"]) == 2
 
 
-def test_maps_that_do_not_follow_are_computed_from_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier cut leads to is compared with what a few images give."""
+def leave_empty(*_: Any, out: torch.Tensor, **__: Any) -> None:
+    """Fill a bank with what no image gives."""
+    out.zero_()
 
-    def leave_empty(*_: Any, out: torch.Tensor, **__: Any) -> None:
-        out.zero_()
 
-    monkeypatch.setattr(prefix_banks, "continue_maps", leave_empty)
+def fail(*_: Any, **__: Any) -> None:
+    """Fail as a layer does that relies on how numbers lie in memory."""
+    raise RuntimeError("view size is not compatible")
+
+
+@pytest.mark.parametrize("way", [leave_empty, fail])
+def test_maps_that_do_not_follow_are_computed_from_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: Callable[..., None]
+) -> None:
+    """What an earlier cut leads to is compared with what a few images give; where it does not run, nobody is told."""
+    monkeypatch.setattr(prefix_banks, "continue_maps", way)
     seen = watch_images(monkeypatch)
     worker, plain = start(tmp_path), start(tmp_path, "never")
     own = replace(DEEP, unfrozen_layers=1)
     assert [train(worker, own, cuts=CUTS), train(plain, own)] == ["computed", "none"]
     assert list_losses(worker) == pytest.approx(list_losses(plain), rel=1e-4)
     assert len(seen) == 3  # both splits, and the one that an earlier cut was tried with
+    assert worker.notes == []
+
+
+def test_early_maps_are_not_made_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who wants maps of every cut wants those of the cuts that trials have, not larger ones that lead to them."""
+    monkeypatch.setattr(earlier_cuts, "_MAX_IMAGES", 0)
+    assert train(start(tmp_path), replace(DEEP, unfrozen_layers=1), cuts=CUTS) == "computed"
+    assert len([entry for entry in list_entries() if entry.kind == "features"]) == 2
 
 
 def test_bank_in_use_leaves_the_cache_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +263,13 @@ def test_want_of_room_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert [train(worker, DEEP), train(worker, DEEP, 1)] == ["none", "none"]
     assert len(worker.notes) == 1
     assert train(worker, DEEP, 2) == "computed"
+
+
+def test_maps_that_are_there_are_used_without_timing_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They paid for another trial."""
+    assert train(start(tmp_path), VIEWS) == "computed"
+    monkeypatch.setattr(prefix_payoff, "measure_cost", fail)
+    assert train(start(tmp_path, "auto"), VIEWS) == "cached"
 
 
 def test_more_maps_than_the_cache_holds_do_not_pay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ WORKER_SIDE = {
     "earlier_cuts",
     "prefix_banks",
     "prefix_payoff",
+    "spending",
     "workbench",
     "outcomes",
     "step_probe",

@@ -49,6 +49,11 @@ def find_view(params: TrialParams, epoch: int) -> View | None:
     )
 
 
+def list_views(params: TrialParams) -> set[View | None]:
+    """Return the versions of the training images that a trial's epochs show; None is the images as they are."""
+    return {find_view(params, epoch) for epoch in range(1, params.epochs + 1)}
+
+
 def view_of_epoch(epoch: int, n_views: int) -> int:
     """Return the number of the view that an epoch, counted from 1, shows."""
     return epoch % n_views

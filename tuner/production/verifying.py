@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,14 @@ from typing import Any
 import torch
 
 from tuner.data.folds import cut_fold
-from tuner.data.image_set import load_image_set, move_to
+from tuner.data.image_set import ImageSet, load_image_set, move_to
 from tuner.data.index import Split
 from tuner.errors import ERRORS_BY_NAME, DataError, ExportError, ModelError, TunerError
 from tuner.models.backbone import read_preprocessing
 from tuner.models.weights import find_weights
 from tuner.production.machine import choose_device, reporting_memory, using_cores
 from tuner.production.model_card import CARD_NAME, explain_card, read_card
-from tuner.service.study_data import read_study_data
+from tuner.service.study_data import StudyData, read_study_data
 from tuner.spec.own_code import check_code
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.epoch_numbers import Diverged
@@ -179,10 +180,7 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
         )
         for repeat in repeats:
             own = params.with_seed(repeat.seed)
-            if repeat.n_folds:
-                train, val = cut_fold(load((Split.TRAIN, Split.VAL)), repeat, data.index)
-            else:
-                train, val = load((Split.TRAIN,)), load((Split.VAL,))
+            train, val = _cut_images(load, repeat, data)
             job = TrainingJob(
                 model=prepare_model(own, spec, len(data.index.classes), pretrained),
                 params=own,
@@ -194,6 +192,15 @@ def train_from_card(card: dict[str, Any], device: str, n_runs: int) -> list[dict
             )
             runs.append(_train_run(job, keep_head=keeps_head(spec, params.backbone)))
     return runs
+
+
+def _cut_images(
+    load: Callable[[tuple[Split, ...]], ImageSet], repeat: Repeat, data: StudyData
+) -> tuple[ImageSet, ImageSet]:
+    """Return the images that train and those that validate in one of a card's trainings."""
+    if repeat.n_folds:
+        return cut_fold(load((Split.TRAIN, Split.VAL)), repeat, data.index)
+    return load((Split.TRAIN,)), load((Split.VAL,))
 
 
 def _read_micro_batch(card: dict[str, Any], params: TrialParams) -> int | None:

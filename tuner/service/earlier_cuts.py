@@ -7,7 +7,6 @@ from torch import nn
 
 from tuner.models.layers import freeze_layers
 from tuner.models.partition import Bridge, Partition, build_bridge, partition_model
-from tuner.models.tracing import NotSeparable
 from tuner.service.outcomes import comes_from_lost_device
 from tuner.service.workbench import Workbench
 from tuner.training.batches import find_dtype
@@ -34,16 +33,11 @@ class EarlierCut:
     prefix: Prefix
     bridge: Bridge
 
-    def share_of(self, later: Prefix) -> float:
-        """Return how many times the bytes of the other cut's maps its own take."""
-        return self.prefix.partition.width / later.partition.width
-
 
 def is_late(bench: Workbench, partition: Partition) -> bool:
-    """Whether maps are small enough to be kept, or the user wants them whatever they take."""
+    """Whether a cut's maps are no larger than a few images."""
     n_bytes = partition.width * find_map_dtype(bench.device).itemsize
-    image_bytes = 3 * bench.spec.data.image_size**2
-    return bench.spec.workers.prefix_cache == "always" or n_bytes <= _MAX_IMAGES * image_bytes
+    return n_bytes <= _MAX_IMAGES * 3 * bench.spec.data.image_size**2
 
 
 class EarlierCuts:
@@ -85,9 +79,7 @@ class EarlierCuts:
                 return None
             bridge = build_bridge(twin, images, earlier=partition, later=later)
             prefix = Prefix(partition=partition, weights_hash=hash_prefix(twin, partition))
-        except NotSeparable:
-            return None  # all of it trains there, or it is no trial's own cut: images serve as well
-        except Exception as error:  # a user's backbone may raise anything when it is taken apart
+        except Exception as error:  # a user's backbone may raise anything when it is taken apart: images serve as well
             if comes_from_lost_device(error):
                 raise
             return None

@@ -2,17 +2,17 @@
 
 from torch import Tensor
 
-from tuner.data.feature_store import FeatureBank
 from tuner.service.feature_banks import FeatureBanks
 from tuner.service.messages import Coordinator, EpochDone, GivenBack, Started, TrialDone, Verdict
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
+from tuner.service.spending import Spending
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort
 from tuner.training.device import release_memory
 from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_features import NotCacheable, put_head
 from tuner.training.prepare import keeps_head, start_heads
-from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState, Usage
+from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
 
 Members = tuple[tuple[int, TrialParams], ...]
 
@@ -81,14 +81,14 @@ class HeadTraining:
         body = self._banks.find_body(first)
         train, val = self._bench.load_images(self._bench.preprocess(first.backbone).interpolation)
         val_bank, val_features = self._banks.open_val(first)
-        cohort.count_opened(val_bank)
+        cohort.spending.count_opened(val_bank)
 
         def find_features(epoch: int) -> Tensor:
             bank, features = self._banks.open_train(first, epoch)
             if epoch == 1:
                 self._coordinator.send(Started())
-            cohort.count_opened(bank)
-            cohort.count_epoch(bank, val_bank)
+            cohort.spending.count_opened(bank)
+            cohort.spending.count_epoch(bank, val_bank)
             return features
 
         kept = keeps_head(self._bench.spec, first.backbone)
@@ -125,9 +125,10 @@ class HeadTraining:
             return False
 
     def _end(self, cohort: "_Cohort", indices: tuple[int, ...], outcome: TrialOutcome, *, kept: bool = False) -> None:
+        usage = cohort.spending.describe_usage()
         for index in indices:
             cohort.running.remove(index)
-            done = TrialDone(number=cohort.number(index), outcome=outcome, kept=kept, usage=cohort.describe_usage())
+            done = TrialDone(number=cohort.number(index), outcome=outcome, kept=kept, usage=usage)
             self._coordinator.send(done)
 
 
@@ -141,8 +142,7 @@ class _Cohort:
         """Positions of those that have not ended."""
         self.n_epochs = 0
         """Epochs that have been trained."""
-        self._computed_seconds = 0.0
-        self._needed_seconds = 0.0
+        self.spending = Spending(len(members))
 
     def number(self, index: int) -> int:
         """Return the number of the trial at a position."""
@@ -153,21 +153,3 @@ class _Cohort:
         if len(self.recipes) == 1 and not isinstance(error, NotCacheable):
             return blame(error)
         return TrialOutcome(state=TrialState.FAIL, reason=Reason.COHORT_LOST, message=blame(error).message)
-
-    def count_opened(self, bank: FeatureBank) -> None:
-        """Count what features took that were not there."""
-        if not bank.was_there:
-            self._computed_seconds += bank.seconds
-
-    def count_epoch(self, *banks: FeatureBank) -> None:
-        """Count what one trial would have spent on computing an epoch's features for itself."""
-        self._needed_seconds += sum(bank.seconds for bank in banks)
-
-    def describe_usage(self) -> Usage:
-        """Return what a trial that ends now has used."""
-        share = self._computed_seconds / len(self.recipes)
-        return Usage(
-            features="computed" if self._computed_seconds > 0 else "cached",
-            cohort_size=len(self.recipes),
-            saved_seconds=round(max(0.0, self._needed_seconds - share), 3),
-        )

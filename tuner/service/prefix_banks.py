@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tuner.data.cache import budget_bytes
 from tuner.data.feature_store import FeatureBank
 from tuner.data.image_set import ImageSet
-from tuner.data.views import View, find_view
+from tuner.data.views import View, find_view, list_views
 from tuner.models.layers import freeze_layers
 from tuner.models.partition import partition_model
 from tuner.models.tracing import NotSeparable
@@ -18,7 +18,8 @@ from tuner.service.earlier_cuts import EarlierCut, EarlierCuts, Prefix, is_late
 from tuner.service.messages import Coordinator
 from tuner.service.open_banks import BankRequest, NoRoom, OpenBanks
 from tuner.service.outcomes import comes_from_lost_device, first_line
-from tuner.service.prefix_payoff import Payoff, Spending
+from tuner.service.prefix_payoff import Payoff
+from tuner.service.spending import Spending
 from tuner.service.workbench import Workbench
 from tuner.training.batches import find_dtype
 from tuner.training.device import MEMORY_FORMAT, is_out_of_memory, release_memory
@@ -157,7 +158,7 @@ class PrefixBanks:
         preprocessing = self._bench.preprocess(params.backbone)
         twin = self._freeze(self._bench.make_model(replace(params, seed=params.seed ^ 1)), params)
         partition = partition_model(twin, show_few(train, preprocessing, device, find_dtype(twin)))
-        if not is_late(self._bench, partition):
+        if self._bench.spec.workers.prefix_cache != "always" and not is_late(self._bench, partition):
             return None
         weights_hash = hash_prefix(twin, partition)
         verify_partition(twin, partition, train, preprocessing, device)
@@ -182,10 +183,7 @@ class PrefixBanks:
         spending = Spending()
         requests, val_request = self._list_requests(params, model, cut)
         if not all(map(self._banks.is_at_hand, (val_request, *requests.values()))):
-            earlier = self._find_earlier(params, model, cut.prefix)  # before the model's first step
-            n_bytes = sum(request.n_bytes for request in (val_request, *requests.values()))
-            if earlier is not None and earlier.share_of(cut.prefix) * n_bytes + n_bytes > budget_bytes():
-                self._earlier.give_up(params)  # the cache cannot hold both
+            self._find_earlier(params, model, cut.prefix)  # before the model's first step
         for request in (val_request, *requests.values()):
             self._check_precision(request, model, cut.prefix)
         val_bank, val = self._banks.open(val_request)
@@ -214,7 +212,7 @@ class PrefixBanks:
         self, params: TrialParams, model: nn.Module, cut: _Cut
     ) -> tuple[dict[View | None, BankRequest], BankRequest]:
         """Return the banks of a trial: of its training images by view, and of its validation images."""
-        train = {view: self._request(params, model, cut.prefix, "train", view) for view in _list_views(params)}
+        train = {view: self._request(params, model, cut.prefix, "train", view) for view in list_views(params)}
         return train, self._request(params, model, cut.prefix, "val", None)
 
     def _check_precision(self, request: BankRequest, model: nn.Module, prefix: Prefix) -> None:
@@ -238,7 +236,7 @@ class PrefixBanks:
             if (earlier := self._find_earlier(params, model, prefix)) is not None:
                 theirs = replace(params, unfrozen_layers=earlier.unfrozen_layers)
                 request = self._request(theirs, model, earlier.prefix, split, view)
-                if self._carry_on(earlier, request, model, out, on_progress) and self._is_right(out, sample()):
+                if self._carry_on(earlier, request, model, sample=sample, out=out, on_progress=on_progress):
                     return
                 self._earlier.give_up(params)
             compute_maps(
@@ -262,13 +260,22 @@ class PrefixBanks:
         )
 
     def _find_earlier(self, params: TrialParams, model: nn.Module, prefix: Prefix) -> EarlierCut | None:
-        return self._earlier.find(params, model, prefix.partition, self._levels[params.backbone])
+        """Return the cut whose maps lead to a trial's, if the cache can hold those of both."""
+        earlier = self._earlier.find(params, model, prefix.partition, self._levels[params.backbone])
+        if earlier is None:
+            return None
+        train, val = self._load_images(params)
+        n_rows = len(list_views(params)) * len(train.labels) + len(val.labels)
+        width = prefix.partition.width + earlier.prefix.partition.width
+        return earlier if n_rows * width * find_map_dtype(self._bench.device).itemsize <= budget_bytes() else None
 
     def _carry_on(
         self,
         earlier: EarlierCut,
         request: BankRequest,
         model: nn.Module,
+        *,
+        sample: Callable[[], Tensor],
         out: Tensor,
         on_progress: Callable[[int, int], None],
     ) -> bool:
@@ -278,24 +285,20 @@ class PrefixBanks:
             earlier: The cut.
             request: Its bank.
             model: The trial's.
+            sample: Computes the first rows from images.
             out: The bank to fill.
             on_progress: Told how many images are done, of how many.
         """
+        device = self._bench.device
         try:
             self._check_precision(request, model, earlier.prefix)
             bank, maps = self._banks.open(request)
-        except NotCacheable:
+            if not bank.is_kept:
+                return False  # it would be computed again for the next view's sake
+            continue_maps(model, earlier.bridge, maps, request.images, device, out=out, on_progress=on_progress)
+            expected = sample()
+            return agree(out[: len(expected)].to(device, expected.dtype), expected, device)
+        except Exception as error:  # a user's backbone may raise anything between two cuts, and images serve as well
+            if comes_from_lost_device(error):
+                raise
             return False
-        if not bank.is_kept:
-            return False  # it would be computed again for the next view's sake
-        continue_maps(model, earlier.bridge, maps, request.images, self._bench.device, out=out, on_progress=on_progress)
-        return True
-
-    def _is_right(self, maps: Tensor, expected: Tensor) -> bool:
-        """Whether the first rows of a bank are those of a few images."""
-        return agree(maps[: len(expected)].to(self._bench.device, expected.dtype), expected, self._bench.device)
-
-
-def _list_views(params: TrialParams) -> set[View | None]:
-    """Return the versions of the training images that a trial's epochs show; None is the images as they are."""
-    return {find_view(params, epoch) for epoch in range(1, params.epochs + 1)}

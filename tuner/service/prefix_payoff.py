@@ -1,40 +1,17 @@
-"""What kept maps cost and save: foreseen before a trial, counted while it trains."""
+"""Whether keeping maps saves a trial time, foreseen before it begins."""
 
 from collections.abc import Collection
 
 from torch import nn
 
-from tuner.data.feature_store import FeatureBank
 from tuner.models.partition import Partition
 from tuner.service.open_banks import BankRequest, OpenBanks
 from tuner.service.workbench import Workbench
 from tuner.training.prefix_cost import Demand, PrefixCost, measure_cost, predict_seconds
-from tuner.trial import TrialParams, Usage
+from tuner.trial import TrialParams
 
 _LEAST_GAIN = 0.1
 """Share of the prefix's time that keeping its maps must save: a training batch is a little cheaper than is timed."""
-
-
-class Spending:
-    """What a trial's maps took, and what computing them in every epoch would have taken. Mutable."""
-
-    def __init__(self) -> None:
-        self._computed_seconds = 0.0
-        self._needed_seconds = 0.0
-
-    def count_opened(self, bank: FeatureBank) -> None:
-        """Count what maps took that were not there."""
-        if not bank.was_there:
-            self._computed_seconds += bank.seconds
-
-    def count_epoch(self, *banks: FeatureBank) -> None:
-        """Count what the trial would have spent on an epoch's maps."""
-        self._needed_seconds += sum(bank.seconds for bank in banks)
-
-    def describe_usage(self) -> Usage:
-        """Return what the trial has used so far."""
-        saved = max(0.0, self._needed_seconds - self._computed_seconds)
-        return Usage(features="computed" if self._computed_seconds > 0 else "cached", saved_seconds=round(saved, 3))
 
 
 class Payoff:

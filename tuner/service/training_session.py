@@ -20,8 +20,8 @@ from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Probe, Probed, Started, Train, TrialDone, report_progress
 from tuner.service.outcomes import blame, comes_from_lost_device, first_line
 from tuner.service.prefix_banks import PrefixBanks
-from tuner.service.prefix_payoff import Spending
 from tuner.service.slots import usable_cores
+from tuner.service.spending import Spending
 from tuner.service.step_probe import StepProbe
 from tuner.service.study_data import compare_search_splits
 from tuner.service.workbench import Workbench

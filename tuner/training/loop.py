@@ -182,16 +182,7 @@ class _Training:
             generators={"order": self._order, "dropout": self.dropout},
             device=job.device,
         )
-        source = Source(
-            model=self._model,
-            params=params,
-            train=job.train,
-            preprocessing=job.preprocessing,
-            device=job.device,
-            order=self._order,
-            eval_batch_size=job.micro_batch or params.batch_size,
-        )
-        self.inputs = find_inputs(source, job.cached)
+        self.inputs = find_inputs(_describe_source(job, self._order), job.cached)
         self._forward = StepForward(
             self._model,
             self.inputs.forward,
@@ -265,6 +256,19 @@ class _Training:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
+
+
+def _describe_source(job: TrainingJob, order: torch.Generator) -> Source:
+    """Return what a job's inputs are made from, once its model is on the device and frozen."""
+    return Source(
+        model=job.model,
+        params=job.params,
+        train=job.train,
+        preprocessing=job.preprocessing,
+        device=job.device,
+        order=order,
+        eval_batch_size=job.micro_batch or job.params.batch_size,
+    )
 
 
 def _validate(logits: Tensor, val: ImageSet, epoch: int) -> Scores:
