@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Literal, Self
 
+Precision = Literal["auto", "float32", "bfloat16"]
+"""What forward passes compute in. auto: bfloat16 on a CUDA device whose kernels have it, float32 on all others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadStart:
@@ -70,6 +73,8 @@ class TrialParams:
     """``fresh``: every epoch augments each image anew; K >= 1: epoch e shows view e mod K of each image."""
     view_seed: int = 0
     """Seed of fixed views, the same in all trials of a study. In [0, 2**63)."""
+    precision: Precision = "auto"
+    """Of forward passes; weights, losses and optimizers are float32 whatever it is."""
     head_start: HeadStart | None = None
     """How the head is trained before the first epoch; None: the trial starts from the head as it is drawn."""
 

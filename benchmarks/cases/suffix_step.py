@@ -36,12 +36,14 @@ def make_cached_job(seed: int, *, smoke: bool) -> "TrainingJob":
     partition = partition_model(model, torch.zeros(3, *job.train.pixels.shape[1:]))
 
     def fill(out: Values) -> None:
-        compute_maps(model, partition, job.train, job.preprocessing, job.device, out=torch.from_numpy(out))
+        compute_maps(
+            model, partition, job.train, job.preprocessing, job.device, out=torch.from_numpy(out), precision="auto"
+        )
 
     bank = open_bank({"seed": seed}, shape=(len(job.train.labels), partition.width), fill=fill)
     maps = torch.from_numpy(bank.features)
     assert job.val is not None
-    val = compute_maps(model, partition, job.val, job.preprocessing, job.device)
+    val = compute_maps(model, partition, job.val, job.preprocessing, job.device, precision="auto")
     return replace(job, cached=CachedPrefix(partition=partition, train=lambda _: maps, val=val))
 
 

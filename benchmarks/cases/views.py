@@ -145,7 +145,7 @@ def train_arm(bench: "Workbench", recipe: Mapping[str, Any], arm: str, seed: int
         device=bench.device,
     )
     train_only(job)  # validated once, at the end: the numbers of train_epochs, sooner
-    scores = score_logits(predict_logits(job.model, val, preprocessing, job.device), val.labels)
+    scores = score_logits(predict_logits(job.model, val, preprocessing, job.device, precision="auto"), val.labels)
     seconds = round(time.process_time() - began, 2)
     return {"accuracy": scores.accuracy, "loss": scores.loss, "cpu_seconds": seconds}
 

@@ -83,6 +83,7 @@ def evaluate_folder(
             reason=f"evaluate: {place.resolve()}",
             temperature=manifest.temperature,
             preprocessing=manifest.preprocessing,
+            precision=manifest.params.precision,
             batch_size=manifest.params.batch_size,
             device=chosen,
             announce=announce or (lambda _: None),

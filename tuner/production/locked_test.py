@@ -23,6 +23,7 @@ from tuner.service.study_data import StudyData
 from tuner.training.batches import predict_logits
 from tuner.training.metrics import Scores, score_logits
 from tuner.training.package import Manifest
+from tuner.trial import Precision
 
 Announce = Callable[[str], None]
 
@@ -108,6 +109,7 @@ def look_at_test(
     reason: str,
     temperature: float,
     preprocessing: Preprocessing,
+    precision: Precision,
     batch_size: int,
     device: torch.device,
     announce: Announce,
@@ -121,6 +123,7 @@ def look_at_test(
         reason: Why it is looked at, for the study's book.
         temperature: Of the first model.
         preprocessing: Of the models.
+        precision: Of the models.
         batch_size: Images taken at once, at least.
         device: Where to run.
         announce: Told what is going on.
@@ -133,7 +136,8 @@ def look_at_test(
         images = move_to(test, device)
         labels = images.labels.to(device)
         logits = [
-            predict_logits(model.to(device), images, preprocessing, device, batch_size=batch_size) for model in models
+            predict_logits(model.to(device), images, preprocessing, device, precision=precision, batch_size=batch_size)
+            for model in models
         ]
     scores = [score_logits(each, labels) for each in logits]
     return LookAtTest(

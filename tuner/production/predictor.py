@@ -156,7 +156,14 @@ class Predictor:
         with reporting_memory(
             self._device, n_images=len(images), advice="choose a smaller batch_size or another device"
         ):
-            logits = predict_logits(self._model, batch, preprocessing, self._device, batch_size=len(images))
+            logits = predict_logits(
+                self._model,
+                batch,
+                preprocessing,
+                self._device,
+                precision=self.manifest.params.precision,
+                batch_size=len(images),
+            )
         probabilities: list[list[float]] = softmax(logits, self.manifest.temperature).tolist()
         return probabilities
 

@@ -181,7 +181,14 @@ class _Retraining:
         model = self._train_model(train, self._params, "train", purpose=", so that val can calibrate it")
         with reporting_memory(self._device, n_images=self._recipe.n_at_once, advice=_MEMORY_ADVICE):
             val = move_to(val, self._device)
-            logits = predict_logits(model, val, self._preprocessing, self._device, batch_size=self._recipe.n_at_once)
+            logits = predict_logits(
+                model,
+                val,
+                self._preprocessing,
+                self._device,
+                precision=self._params.precision,
+                batch_size=self._recipe.n_at_once,
+            )
         if not logits.isfinite().all():
             raise ModelError(f"trial {self._recipe.number}: its recipe must converge on train, got logits of infinity")
         return fit_temperature(logits, val.labels.to(self._device))
@@ -245,6 +252,7 @@ class _Retraining:
             reason=f"train: trial {self._recipe.number} to {folder.resolve()}",
             temperature=temperature,
             preprocessing=self._preprocessing,
+            precision=self._params.precision,
             batch_size=self._recipe.n_at_once,
             device=self._device,
             announce=self._announce,

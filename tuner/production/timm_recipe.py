@@ -54,7 +54,8 @@ def express_recipe(manifest: Manifest, model: nn.Module) -> TimmRecipe:
         "channels_last": True,
         "seed": params.seed % _SEEDS,
     }
-    if str(manifest.provenance.get("device", "")).startswith("cuda"):
+    was_on_cuda = str(manifest.provenance.get("device", "")).startswith("cuda")
+    if params.precision == "bfloat16" or (params.precision == "auto" and was_on_cuda):
         values |= {"amp": True, "amp_dtype": "bfloat16"}
     check_options(values)
     return TimmRecipe(values=values, notes=(*_note_model(manifest, model), *_note_training(params)))

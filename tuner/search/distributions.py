@@ -119,6 +119,7 @@ def resolve_params(spec: StudySpec, point: Point, group_counts: Mapping[str, int
         class_weights=spec.training.class_weights,
         seed=seed,
         views=spec.training.views,
+        precision=spec.training.precision,
         view_seed=spec.study.seed,
     )
 

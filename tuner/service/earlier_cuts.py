@@ -36,7 +36,7 @@ class EarlierCut:
 
 def is_late(bench: Workbench, partition: Partition) -> bool:
     """Whether a cut's maps are no larger than a few images."""
-    n_bytes = partition.width * find_map_dtype(bench.device).itemsize
+    n_bytes = partition.width * find_map_dtype(bench.device, bench.spec.training.precision).itemsize
     return n_bytes <= _MAX_IMAGES * 3 * bench.spec.data.image_size**2
 
 

@@ -71,16 +71,18 @@ class FeatureBanks:
         weights_hash = hash_body(model)
         train, _ = self._load_images(params)
         preprocessing, device = self._bench.preprocess(params.backbone), self._bench.device
+        precision = params.precision
         twin = self._bench.make_model(replace(params, seed=params.seed ^ 1))
         if hash_body(twin) != weights_hash:
             raise NotCacheable("its weights are drawn anew for every trial")
         # What is neither a parameter nor a buffer shows in the features alone.
-        expected = sample_features(twin, train, preprocessing, device)
+        expected = sample_features(twin, train, preprocessing, device, precision=precision)
         del twin  # before the model moves to the device: two may not fit
-        found = sample_features(model, train, preprocessing, device)
-        if not (torch.equal(found, expected) if device.type == "cpu" else agree(found, expected, device)):
+        found = sample_features(model, train, preprocessing, device, precision=precision)
+        is_same = torch.equal(found, expected) if device.type == "cpu" else agree(found, expected, device, precision)
+        if not is_same:
             raise NotCacheable("its weights are drawn anew for every trial")
-        verify_head(model, train, preprocessing, device)
+        verify_head(model, train, preprocessing, device, precision=precision)
         self._model = params.backbone, model
         return Body(head=head, weights_hash=weights_hash)
 
@@ -110,10 +112,20 @@ class FeatureBanks:
 
         def compute(out: Tensor, on_progress: Callable[[int, int], None]) -> None:
             model = self._take_model(params)
-            compute_features(model, images, preprocessing, device, view=view, out=out, on_progress=on_progress)
+            compute_features(
+                model,
+                images,
+                preprocessing,
+                device,
+                precision=params.precision,
+                view=view,
+                out=out,
+                on_progress=on_progress,
+            )
 
         def sample() -> Tensor:
-            return sample_features(self._take_model(params), images, preprocessing, device, view=view).float()
+            model = self._take_model(params)
+            return sample_features(model, images, preprocessing, device, precision=params.precision, view=view).float()
 
         request = BankRequest(
             what="features",

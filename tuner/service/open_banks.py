@@ -17,6 +17,7 @@ from tuner.data.memory import available_memory
 from tuner.data.views import View
 from tuner.service.messages import Coordinator, report_progress
 from tuner.service.workbench import Workbench
+from tuner.training.device import computes_in_bfloat16
 from tuner.training.head_features import NotCacheable, agree
 
 _FORMAT = 1
@@ -190,7 +191,7 @@ class OpenBanks:
         """Whether kept values are what the backbone computes today: a user may have edited its code."""
         expected = request.sample()
         found = _as_tensor(kept[: len(expected)], request.dtype).to(self._bench.device, expected.dtype)
-        return agree(found, expected, self._bench.device)
+        return agree(found, expected, self._bench.device, self._bench.spec.training.precision)
 
     def _place(self, values: Tensor) -> Tensor:
         """Move values to the device, unless they would take much of it: those are fetched batch by batch."""
@@ -232,7 +233,7 @@ class OpenBanks:
             "kwargs": bench.section(request.backbone).kwargs,
             **request.part,
             "view": asdict(request.view) if request.view else None,
-            "dtype": "bfloat16" if bench.device.type == "cuda" else "float32",
+            "dtype": "bfloat16" if computes_in_bfloat16(bench.device, bench.spec.training.precision) else "float32",
             "versions": {name: version(name) for name in ("torch", "timm", "pillow")},
         }
 

@@ -26,7 +26,7 @@ from tuner.training.device import MEMORY_FORMAT, is_out_of_memory, release_memor
 from tuner.training.head_features import NotCacheable, agree, take_sample
 from tuner.training.prefix_maps import (
     CachedPrefix,
-    check_precision,
+    check_rounded,
     compute_maps,
     continue_maps,
     find_map_dtype,
@@ -119,8 +119,9 @@ class PrefixBanks:
                 return None
         train = self._load_images(params)[0]
         preprocessing, device = self._bench.preprocess(params.backbone), self._bench.device
-        found = compute_maps(model, cut.prefix.partition, take_sample(train), preprocessing, device).cpu()
-        if not agree(found, cut.sample, device):
+        precision, few = params.precision, take_sample(train)
+        found = compute_maps(model, cut.prefix.partition, few, preprocessing, device, precision=precision).cpu()
+        if not agree(found, cut.sample, device, precision):
             raise NotCacheable("its frozen layers are not the same in all trials")
         return self._open_maps(params, model, cut)
 
@@ -162,7 +163,8 @@ class PrefixBanks:
             return None
         weights_hash = hash_prefix(twin, partition)
         verify_partition(twin, partition, train, preprocessing, device)
-        expected = compute_maps(twin, partition, take_sample(train), preprocessing, device).cpu()
+        few = take_sample(train)
+        expected = compute_maps(twin, partition, few, preprocessing, device, precision=params.precision).cpu()
         del twin  # before the model moves to the device: two may not fit
         self._freeze(model, params)
         if hash_prefix(model, partition) != weights_hash:
@@ -185,7 +187,7 @@ class PrefixBanks:
         if not all(map(self._banks.is_at_hand, (val_request, *requests.values()))):
             self._find_earlier(params, model, cut.prefix)  # before the model's first step
         for request in (val_request, *requests.values()):
-            self._check_precision(request, model, cut.prefix)
+            self._check_rounded(request, model, cut.prefix)
         val_bank, val = self._banks.open(val_request)
         spending.count_opened(val_bank)
 
@@ -215,7 +217,7 @@ class PrefixBanks:
         train = {view: self._request(params, model, cut.prefix, "train", view) for view in list_views(params)}
         return train, self._request(params, model, cut.prefix, "val", None)
 
-    def _check_precision(self, request: BankRequest, model: nn.Module, prefix: Prefix) -> None:
+    def _check_rounded(self, request: BankRequest, model: nn.Module, prefix: Prefix) -> None:
         """Compare what is about to be kept in bfloat16 with float32, once for each bank.
 
         Raises:
@@ -224,7 +226,7 @@ class PrefixBanks:
         if request.dtype != torch.bfloat16 or self._banks.is_at_hand(request):
             return
         preprocessing, device = self._bench.preprocess(request.backbone), self._bench.device
-        check_precision(model, prefix.partition, request.images, preprocessing, device, view=request.view)
+        check_rounded(model, prefix.partition, request.images, preprocessing, device, view=request.view)
 
     def _request(
         self, params: TrialParams, model: nn.Module, prefix: Prefix, split: str, view: View | None
@@ -240,11 +242,20 @@ class PrefixBanks:
                     return
                 self._earlier.give_up(params)
             compute_maps(
-                model, prefix.partition, images, preprocessing, device, view=view, out=out, on_progress=on_progress
+                model,
+                prefix.partition,
+                images,
+                preprocessing,
+                device,
+                precision=params.precision,
+                view=view,
+                out=out,
+                on_progress=on_progress,
             )
 
         def sample() -> Tensor:
-            return compute_maps(model, prefix.partition, take_sample(images), preprocessing, device, view=view)
+            few, precision = take_sample(images), params.precision
+            return compute_maps(model, prefix.partition, few, preprocessing, device, precision=precision, view=view)
 
         return BankRequest(
             what="maps",
@@ -253,7 +264,7 @@ class PrefixBanks:
             images=images,
             view=view,
             width=prefix.partition.width,
-            dtype=find_map_dtype(device),
+            dtype=find_map_dtype(device, params.precision),
             part={"weights": prefix.weights_hash, "unfrozen_layers": params.unfrozen_layers},
             compute=compute,
             sample=sample,
@@ -267,7 +278,8 @@ class PrefixBanks:
         train, val = self._load_images(params)
         n_rows = len(list_views(params)) * len(train.labels) + len(val.labels)
         width = prefix.partition.width + earlier.prefix.partition.width
-        return earlier if n_rows * width * find_map_dtype(self._bench.device).itemsize <= budget_bytes() else None
+        n_bytes = n_rows * width * find_map_dtype(self._bench.device, params.precision).itemsize
+        return earlier if n_bytes <= budget_bytes() else None
 
     def _carry_on(
         self,
@@ -289,15 +301,24 @@ class PrefixBanks:
             out: The bank to fill.
             on_progress: Told how many images are done, of how many.
         """
-        device = self._bench.device
+        device, precision = self._bench.device, self._bench.spec.training.precision
         try:
-            self._check_precision(request, model, earlier.prefix)
+            self._check_rounded(request, model, earlier.prefix)
             bank, maps = self._banks.open(request)
             if not bank.is_kept:
                 return False  # it would be computed again for the next view's sake
-            continue_maps(model, earlier.bridge, maps, request.images, device, out=out, on_progress=on_progress)
+            continue_maps(
+                model,
+                earlier.bridge,
+                maps,
+                request.images,
+                device,
+                precision=precision,
+                out=out,
+                on_progress=on_progress,
+            )
             expected = sample()
-            return agree(out[: len(expected)].to(device, expected.dtype), expected, device)
+            return agree(out[: len(expected)].to(device, expected.dtype), expected, device, precision)
         except Exception as error:  # a user's backbone may raise anything between two cuts, and images serve as well
             if comes_from_lost_device(error):
                 raise

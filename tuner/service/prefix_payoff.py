@@ -57,6 +57,8 @@ class Payoff:
         key = params.backbone, params.unfrozen_layers
         if key not in self._costs:
             preprocessing = self._bench.preprocess(params.backbone)
-            self._costs[key] = measure_cost(model, partition, images, preprocessing, self._bench.device)
+            self._costs[key] = measure_cost(
+                model, partition, images, preprocessing, self._bench.device, precision=params.precision
+            )
         uncached, cached = predict_seconds(self._costs[key], demand)
         return cached < (1 - _LEAST_GAIN) * uncached

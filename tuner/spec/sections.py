@@ -172,6 +172,8 @@ class TrainingSection(Section):
     """balanced: each class weighs the same in the training loss."""
     views: Annotated[Literal["fresh"] | int, BeforeValidator(_check_views)] = "fresh"
     """fresh: each epoch augments every image anew; K: K fixed versions of each image, and epoch e shows e mod K."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What forward passes compute in. auto: bfloat16 on CUDA devices with kernels for it, float32 elsewhere."""
     head_start: Literal["none", "screen"] = "none"
     """screen: deeper trials first train their head alone, by the screen's best recipe of the backbone; none: not."""
     backbone: Any = None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tuner.data.image_set import ImageSet
 from tuner.models.backbone import Preprocessing
 from tuner.training.device import MEMORY_FORMAT, autocast, send_ahead
+from tuner.trial import Precision
 
 _CPU_EVAL_BATCH = 16
 """Images at a time without gradients: two MobileNets at 128 px took 1.4 times as long with 64, 1.7 times with 256."""
@@ -106,7 +107,13 @@ def list_eval_batches(images: ImageSet, device: torch.device, batch_size: int = 
 
 
 def predict_logits(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, batch_size: int = 1
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    precision: Precision,
+    batch_size: int = 1,
 ) -> Tensor:
     """Run a model over images as they are, and leave it in eval mode.
 
@@ -115,6 +122,7 @@ def predict_logits(
         images: One at least, in their order; their labels are not used.
         preprocessing: The backbone's.
         device: Where the model is.
+        precision: The trial's.
         batch_size: The trial's; how many images are taken at once depends on it on CUDA.
 
     Returns:
@@ -125,7 +133,7 @@ def predict_logits(
     normalise = build_normaliser(preprocessing, device, dtype)
     # Not inference_mode: a backbone may keep a tensor that it computed in eval mode, and a later backward pass would
     # refuse an inference tensor.
-    with torch.no_grad(), autocast(device):
+    with torch.no_grad(), autocast(device, precision):
         return torch.cat(
             [
                 model(normalise(take_batch(images, rows, device, dtype)[0])).to(dtype)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tuner.training.device import is_device_lost, release_memory
-from tuner.training.head_features import agree, keeping_buffers
+from tuner.training.head_features import agree, find_rounding, keeping_buffers
+from tuner.trial import Precision
 
 Run = Callable[[Tensor], Tensor]
 """From a backbone's input to its logits."""
@@ -42,7 +43,14 @@ class Compiler:
         self._given_up: set[str] = set()
 
     def compile_checked(
-        self, model: nn.Module, run: Run, inputs: Tensor, backbone: str, dropout: torch.Generator
+        self,
+        model: nn.Module,
+        run: Run,
+        inputs: Tensor,
+        backbone: str,
+        dropout: torch.Generator,
+        *,
+        precision: Precision,
     ) -> Run | None:
         """Return the compiled model, if its logits and gradients for a batch are those of the model.
 
@@ -54,6 +62,7 @@ class Compiler:
             inputs: A whole batch, under the autocast of the training.
             backbone: Its name in the study file.
             dropout: The generator of the head's dropout.
+            precision: The trial's, that of the autocast.
 
         Raises:
             RuntimeError: If the device is lost, or has no memory for the plain model.
@@ -63,7 +72,7 @@ class Compiler:
         expected = _try_step(run, model, inputs, dropout)
         try:
             compiled = self._compile_model(run)
-            reason = _compare(_try_step(compiled, model, inputs, dropout), expected, inputs.device)
+            reason = _compare(_try_step(compiled, model, inputs, dropout), expected, inputs.device, precision)
         except Exception as error:  # there is no end to what a compiler may raise
             if is_device_lost(error):
                 raise
@@ -96,11 +105,13 @@ def _try_step(run: Run, model: nn.Module, inputs: Tensor, dropout: torch.Generat
     return logits.detach(), torch.cat([each.flatten() for each in found if each is not None])
 
 
-def _compare(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], device: torch.device) -> str | None:
+def _compare(
+    found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], device: torch.device, precision: Precision
+) -> str | None:
     """Return in which way two steps differ by more than rounding; None if they do not."""
-    if not agree(found[0], expected[0], device):
+    if not agree(found[0], expected[0], device, precision):
         return "the compiled model gives other logits"
-    dtype = torch.bfloat16 if device.type == "cuda" and found[1].dtype != torch.float64 else found[1].dtype
+    dtype = find_rounding(device, precision, found[1].dtype)
     difference = (found[1] - expected[1]).norm() / expected[1].norm().clamp(min=torch.finfo(dtype).tiny)
     return None if difference <= _GRADIENT_TOLERANCES[dtype] else "the compiled model gives other gradients"
 

@@ -16,7 +16,8 @@ from tuner.data.views import View, draw_view
 from tuner.models.backbone import Preprocessing, find_classifiers
 from tuner.models.layers import freeze_layers
 from tuner.training.batches import build_normaliser, find_dtype, list_eval_batches, take_batch
-from tuner.training.device import MEMORY_FORMAT, autocast
+from tuner.training.device import MEMORY_FORMAT, autocast, computes_in_bfloat16
+from tuner.trial import Precision
 
 Head = nn.Linear | nn.Conv2d
 
@@ -78,6 +79,7 @@ def compute_features(
     preprocessing: Preprocessing,
     device: torch.device,
     *,
+    precision: Precision,
     view: View | None = None,
     out: Tensor | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -89,6 +91,7 @@ def compute_features(
         images: One at least.
         preprocessing: The backbone's.
         device: Where to compute.
+        precision: The study's.
         view: The version of the images to show; None shows them as they are.
         out: Where to put the features, for one a mapped file; None makes room on the device.
         on_progress: Told after each batch how many images are done, of how many.
@@ -111,7 +114,7 @@ def compute_features(
         pixels, _ = take_batch(images, rows, device, dtype)
         if view is not None:
             pixels = show_view(view, pixels, images.rows[rows.cpu()])
-        out[n_done : n_done + len(rows)] = _compute_batch(model, head, normalise(pixels), device)
+        out[n_done : n_done + len(rows)] = _compute_batch(model, head, normalise(pixels), device, precision)
         n_done += len(rows)
         if on_progress is not None:
             on_progress(n_done, len(images.labels))
@@ -119,10 +122,16 @@ def compute_features(
 
 
 def sample_features(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, view: View | None = None
+    model: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    precision: Precision,
+    view: View | None = None,
 ) -> Tensor:
     """Return the features of the first eight images, as ``compute_features`` does."""
-    return compute_features(model, take_sample(images), preprocessing, device, view=view)
+    return compute_features(model, take_sample(images), preprocessing, device, precision=precision, view=view)
 
 
 def take_sample(images: ImageSet, n_images: int = N_TRIED) -> ImageSet:
@@ -131,11 +140,17 @@ def take_sample(images: ImageSet, n_images: int = N_TRIED) -> ImageSet:
     return replace(images, pixels=images.pixels[few], labels=images.labels[few], rows=images.rows[few])
 
 
-def agree(found: Tensor, expected: Tensor, device: torch.device) -> bool:
+def find_rounding(device: torch.device, precision: Precision, dtype: torch.dtype) -> torch.dtype:
+    """Return the type whose rounding is in values of a type: on CUDA, float32 convolutions are rounded too (TF32)."""
+    is_rounded = device.type == "cuda" or computes_in_bfloat16(device, precision)
+    return torch.bfloat16 if is_rounded and dtype != torch.float64 else dtype
+
+
+def agree(found: Tensor, expected: Tensor, device: torch.device, precision: Precision) -> bool:
     """Whether two tensors are the same but for what rounding on a device may change; shapes do not matter."""
     if found.numel() != expected.numel():
         return False
-    dtype = torch.bfloat16 if device.type == "cuda" and expected.dtype != torch.float64 else expected.dtype
+    dtype = find_rounding(device, precision, expected.dtype)
     difference = (found.flatten().to(expected.dtype) - expected.flatten()).abs().max()
     # False for NaN too.
     return bool(difference <= _TOLERANCES[dtype] * expected.abs().max())
@@ -153,7 +168,7 @@ def show_view(view: View, pixels: Tensor, rows: Tensor) -> Tensor:
     return augment(pixels, draws, strength=view.strength, horizontal_flip=view.horizontal_flip)
 
 
-def _compute_batch(model: nn.Module, head: Head, inputs: Tensor, device: torch.device) -> Tensor:
+def _compute_batch(model: nn.Module, head: Head, inputs: Tensor, device: torch.device, precision: Precision) -> Tensor:
     """Return the head's input for a batch, in the mode the model is in."""
     reached: list[Any] = []
 
@@ -164,7 +179,7 @@ def _compute_batch(model: nn.Module, head: Head, inputs: Tensor, device: torch.d
     handle = head.register_forward_pre_hook(stop)
     try:
         # Not inference_mode, as in predict_logits.
-        with torch.no_grad(), autocast(device):
+        with torch.no_grad(), autocast(device, precision):
             model(inputs)
     except _HeadReached:
         pass
@@ -178,7 +193,9 @@ def _compute_batch(model: nn.Module, head: Head, inputs: Tensor, device: torch.d
     return features
 
 
-def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device) -> None:
+def verify_head(
+    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, precision: Precision
+) -> None:
     """Check on a few images that training a head on features is training the model with all but the head frozen.
 
     Args:
@@ -186,6 +203,7 @@ def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing
         images: The first eight are tried.
         preprocessing: The backbone's.
         device: Where to compute.
+        precision: The study's.
 
     Raises:
         NotCacheable: If the head's weight and bias are not exactly what trains; if the logits are not those of the
@@ -201,12 +219,13 @@ def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing
     inputs = normalise(take_batch(images, rows, device, find_dtype(model))[0])
     with keeping_buffers(model):
         model.eval()
-        features = _compute_batch(model, head, inputs, device)
-        parts = [_compute_batch(model, head, part, device) for part in torch.split(inputs, 3)]
-        _check_same(torch.cat(parts), features, device, "an image's features depend on the batch it is in")
+        features = _compute_batch(model, head, inputs, device, precision)
+        parts = [_compute_batch(model, head, part, device, precision) for part in torch.split(inputs, 3)]
+        reason = "an image's features depend on the batch it is in"
+        _check_same(torch.cat(parts), features, device, precision, reason)
         for mode in ("eval", "train"):
             model.train(mode == "train")
-            _check_mode(model, head, inputs, features, mode)
+            _check_mode(model, head, inputs, features, precision)
     model.eval()
 
 
@@ -222,16 +241,18 @@ def _check_trained(model: nn.Module, head: Head) -> None:
         raise NotCacheable("its classifier's weight or bias is fixed, or shared with another layer")
 
 
-def _check_mode(model: nn.Module, head: Head, inputs: Tensor, features: Tensor, mode: str) -> None:
+def _check_mode(model: nn.Module, head: Head, inputs: Tensor, features: Tensor, precision: Precision) -> None:
     """Check that in the mode that the model is in, features and logits are those of eval mode's features."""
+    mode = "train" if model.training else "eval"
     _check_dropout(model)
     device = inputs.device
     reason = f"its classifier's input in {mode} mode is not that of eval mode; something before it trains"
-    _check_same(_compute_batch(model, head, inputs, device), features, device, reason)
-    with torch.no_grad(), autocast(device):
+    _check_same(_compute_batch(model, head, inputs, device, precision), features, device, precision, reason)
+    with torch.no_grad(), autocast(device, precision):
         logits = model(inputs)
         expected = functional.linear(features, head.weight.flatten(1), head.bias)
-    _check_same(logits, expected, device, f"its logits in {mode} mode are not those of its classifier alone")
+    reason = f"its logits in {mode} mode are not those of its classifier alone"
+    _check_same(logits, expected, device, precision, reason)
 
 
 def _check_dropout(model: nn.Module) -> None:
@@ -241,8 +262,8 @@ def _check_dropout(model: nn.Module) -> None:
             raise NotCacheable(f"its own dropout '{name}' of {module.p:g} lies before its classifier")
 
 
-def _check_same(found: object, expected: Tensor, device: torch.device, reason: str) -> None:
-    if not isinstance(found, Tensor) or not agree(found, expected, device):
+def _check_same(found: object, expected: Tensor, device: torch.device, precision: Precision, reason: str) -> None:
+    if not isinstance(found, Tensor) or not agree(found, expected, device, precision):
         raise NotCacheable(reason)
 
 

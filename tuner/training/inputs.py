@@ -101,7 +101,14 @@ class ImageInputs:
     def predict(self, val: ImageSet) -> Tensor:
         """Return the logits of the validation images."""
         source = self._source
-        return predict_logits(source.model, val, source.preprocessing, source.device, batch_size=source.eval_batch_size)
+        return predict_logits(
+            source.model,
+            val,
+            source.preprocessing,
+            source.device,
+            precision=source.params.precision,
+            batch_size=source.eval_batch_size,
+        )
 
 
 class MapInputs:
@@ -127,7 +134,7 @@ class MapInputs:
     def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
         """Return packed maps: shape ``(n, width)``."""
         if self._maps is None:
-            with torch.no_grad(), autocast(self._source.device):
+            with torch.no_grad(), autocast(self._source.device, self._source.params.precision):
                 return self._cached.partition.bind_prefix(self._source.model)(self._images.take(rows, draws))
         return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
 
@@ -135,7 +142,7 @@ class MapInputs:
         """Return the logits of the validation images."""
         source = self._source
         source.model.eval()
-        with torch.no_grad(), autocast(source.device):
+        with torch.no_grad(), autocast(source.device, source.params.precision):
             batches = list_eval_batches(val, self._cached.val.device, source.eval_batch_size)
             taken = (gather_rows(self._cached.val, rows.to(self._cached.val.device), source.device) for rows in batches)
             return torch.cat([self.forward(maps).to(self._dtype) for maps in taken])

@@ -188,6 +188,7 @@ class _Training:
             self.inputs.forward,
             params.backbone,
             job.device,
+            precision=params.precision,
             dropout=self.dropout,
             compiler=job.compiler,
         )
@@ -243,7 +244,7 @@ class _Training:
         for start in range(0, len(rows), micro_batch):
             part = slice(start, start + micro_batch)
             inputs = self.inputs.take(rows[part], None if draws is None else draws[part])
-            with autocast(self._job.device):
+            with autocast(self._job.device, self._job.params.precision):
                 logits = self._forward(inputs)
             loss = functional.cross_entropy(
                 logits.to(self._dtype),

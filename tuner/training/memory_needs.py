@@ -12,6 +12,7 @@ import torch
 
 from tuner.paths import cache_root, replacing
 from tuner.training.batches import find_dtype
+from tuner.training.device import computes_in_bfloat16
 from tuner.training.loop import TrainingJob
 from tuner.training.memory import MemoryNeed
 from tuner.training.memory_meter import list_tensors, name_processor
@@ -40,6 +41,7 @@ def describe_training(job: TrainingJob, kwargs: Mapping[str, Any]) -> dict[str, 
         "optimizer": params.optimizer,
         "has_momentum": params.momentum > 0,
         "dtype": str(find_dtype(job.model)),
+        "in_bfloat16": computes_in_bfloat16(job.device, params.precision),
         "device": name_processor(job.device),
         "versions": {"torch": torch.__version__, "timm": version("timm")},
     }

@@ -14,6 +14,7 @@ from tuner.models.partition import Partition
 from tuner.training.batches import gather_rows, list_eval_batches
 from tuner.training.head_features import take_sample
 from tuner.training.prefix_maps import compute_maps, find_map_dtype
+from tuner.trial import Precision
 
 _N_TIMED = 3
 _LONG_SECONDS = 0.1
@@ -64,7 +65,13 @@ def predict_seconds(cost: PrefixCost, demand: Demand) -> tuple[float, float]:
 
 
 def measure_cost(
-    model: nn.Module, partition: Partition, images: ImageSet, preprocessing: Preprocessing, device: torch.device
+    model: nn.Module,
+    partition: Partition,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *,
+    precision: Precision,
 ) -> PrefixCost:
     """Time a model's prefix and its maps on some images.
 
@@ -74,14 +81,15 @@ def measure_cost(
         images: Those of the trial.
         preprocessing: The backbone's.
         device: Where the trial trains.
+        precision: In what.
     """
     batch = list_eval_batches(images, device)[0]
     few = take_sample(images, len(batch))
 
     def compute() -> Tensor:
-        return compute_maps(model, partition, few, preprocessing, device)
+        return compute_maps(model, partition, few, preprocessing, device, precision=precision)
 
-    maps = compute().to("cpu", find_map_dtype(device))
+    maps = compute().to("cpu", find_map_dtype(device, precision))
     table = maps.repeat(-(-_N_TABLE // len(maps)), 1)
     rows = torch.randperm(len(table))[: len(batch)]
     bank_seconds, byte_seconds = time_keeping()

@@ -3,7 +3,6 @@
 import hashlib
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,9 @@ from tuner.data.views import View
 from tuner.models.backbone import Preprocessing
 from tuner.models.partition import Bridge, Partition
 from tuner.training.batches import build_normaliser, find_dtype, gather_rows, list_eval_batches, take_batch
-from tuner.training.device import autocast, seed_everything
+from tuner.training.device import autocast, computes_in_bfloat16, seed_everything
 from tuner.training.head_features import N_TRIED, NotCacheable, agree, keeping_buffers, show_view, take_sample
+from tuner.trial import Precision
 
 _N_APART = 3
 """Images of a batch that shows whether an image's maps depend on the others."""
@@ -37,9 +37,9 @@ class CachedPrefix:
     """Of maps that later epochs will open."""
 
 
-def find_map_dtype(device: torch.device) -> torch.dtype:
-    """Return the type that maps are kept in: on CUDA that of autocast, in which most of them are computed."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def find_map_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """Return the type that maps are kept in: that in which most of them are computed."""
+    return torch.bfloat16 if computes_in_bfloat16(device, precision) else torch.float32
 
 
 def compute_maps(
@@ -49,10 +49,10 @@ def compute_maps(
     preprocessing: Preprocessing,
     device: torch.device,
     *,
+    precision: Precision,
     view: View | None = None,
     out: Tensor | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    in_full: bool = False,
 ) -> Tensor:
     """Return what a model's prefix makes of images. The model stays in the mode that it is in.
 
@@ -62,10 +62,10 @@ def compute_maps(
         images: One at least.
         preprocessing: The backbone's.
         device: Where to compute.
+        precision: In what.
         view: The version of the images to show; None shows them as they are.
         out: Where to put the maps, for one a mapped file; None makes room on the device.
         on_progress: Told after each batch how many images are done, of how many.
-        in_full: Compute in the model's own type where CUDA would take bfloat16.
 
     Returns:
         ``out``, or the model's type, shape ``(n_images, width)``, in the images' order.
@@ -79,7 +79,7 @@ def compute_maps(
         pixels, _ = take_batch(images, rows, device, dtype)
         if view is not None:
             pixels = show_view(view, pixels, images.rows[rows.cpu()])
-        with torch.no_grad(), nullcontext() if in_full else autocast(device):
+        with torch.no_grad(), autocast(device, precision):
             out[n_done : n_done + len(rows)] = prefix(normalise(pixels))
         n_done += len(rows)
         if on_progress is not None:
@@ -94,6 +94,7 @@ def continue_maps(
     images: ImageSet,
     device: torch.device,
     *,
+    precision: Precision,
     out: Tensor,
     on_progress: Callable[[int, int], None],
 ) -> None:
@@ -105,13 +106,14 @@ def continue_maps(
         earlier: The earlier cut's packed maps of all images, on the device or on the host.
         images: In the order of the maps; their pixels are not looked at.
         device: Where to compute.
+        precision: In what.
         out: Shape ``(n_images, width)``, for one a mapped file.
         on_progress: As for ``compute_maps``.
     """
     carry_on, n_done = bridge.bind(model), 0
     for rows in list_eval_batches(images, device):
         maps = gather_rows(earlier, rows.to(earlier.device), device)
-        with torch.no_grad(), autocast(device):
+        with torch.no_grad(), autocast(device, precision):
             out[n_done : n_done + len(rows)] = carry_on(maps)
         n_done += len(rows)
         on_progress(n_done, len(images.labels))
@@ -123,7 +125,7 @@ def show_few(images: ImageSet, preprocessing: Preprocessing, device: torch.devic
     return build_normaliser(preprocessing, device, dtype)(take_batch(images, rows, device, dtype)[0])
 
 
-def check_precision(
+def check_rounded(
     model: nn.Module,
     partition: Partition,
     images: ImageSet,
@@ -132,15 +134,15 @@ def check_precision(
     *,
     view: View | None,
 ) -> None:
-    """Compare the maps of a few images as CUDA keeps them, in bfloat16, with those in float32.
+    """Compare the maps of a few images as they are computed and kept in bfloat16 with those in float32.
 
     Raises:
         NotCacheable: If they differ by more than that type's rounding.
     """
     few = take_sample(images)
-    rounded = compute_maps(model, partition, few, preprocessing, device, view=view).to(find_map_dtype(device))
-    exact = compute_maps(model, partition, few, preprocessing, device, view=view, in_full=True)
-    if not agree(rounded, exact, device):
+    exact = compute_maps(model, partition, few, preprocessing, device, precision="float32", view=view)
+    rounded = compute_maps(model, partition, few, preprocessing, device, precision="bfloat16", view=view)
+    if not agree(rounded.to(torch.bfloat16), exact, device, "bfloat16"):
         raise NotCacheable("what its frozen part computes is not kept well enough in bfloat16")
 
 
@@ -166,7 +168,7 @@ def verify_partition(
     with torch.no_grad(), keeping_buffers(model):
         maps = prefix(inputs)
         parts = torch.cat([prefix(part) for part in torch.split(inputs, _N_APART)])
-    if not agree(parts, maps, device):
+    if not agree(parts, maps, device, "float32"):
         raise NotCacheable("what its frozen part makes of an image depends on the batch it is in")
     try:
         for mode in ("eval", "train"):
@@ -211,9 +213,9 @@ def _list_generators(device: torch.device) -> tuple[Any, ...]:
 def _compare(apart: _Step, whole: _Step, device: torch.device, mode: str) -> None:
     if apart.drawn != whole.drawn:
         raise NotCacheable(f"its frozen part draws random numbers in {mode} mode")
-    if not agree(apart.logits, whole.logits, device):
+    if not agree(apart.logits, whole.logits, device, "float32"):
         raise NotCacheable(f"its logits in {mode} mode are not those of its two parts")
-    if not agree(apart.gradients, whole.gradients, device):
+    if not agree(apart.gradients, whole.gradients, device, "float32"):
         raise NotCacheable(f"its gradients in {mode} mode are not those of its trained part alone")
 
 

@@ -33,7 +33,7 @@ from tuner.training.device import is_out_of_memory, seed_everything
 from tuner.training.epoch_numbers import Diverged
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.prepare import strip_head
-from tuner.trial import EpochResult, TrialParams
+from tuner.trial import EpochResult, Precision, TrialParams
 
 _FORMAT = 1
 _verified: set[tuple[int, int, int, str]] = set()
@@ -48,6 +48,7 @@ class _Plan:
     section: BackboneSection
     pretraining: PretrainingSection
     horizontal_flip: bool
+    precision: Precision
     seed: int
     preprocessing: Preprocessing
     index: ImageIndex
@@ -139,6 +140,7 @@ def _make_plan(name: str, spec: StudySpec) -> _Plan:
         section=section,
         pretraining=spec.pretraining,
         horizontal_flip=spec.training.horizontal_flip,
+        precision=spec.training.precision,
         seed=spec.study.seed,
         preprocessing=read_preprocessing(name, section),
         index=index,
@@ -151,7 +153,7 @@ def _list_facts(plan: _Plan) -> dict[str, Any]:
     pretraining = plan.pretraining.model_dump(mode="json")
     for irrelevant in ("path", "max_bad_fraction", "group"):  # groups count through the splits that they make
         del pretraining["data"][irrelevant]
-    return {
+    facts = {
         "format": _FORMAT,
         "backbone": plan.name,
         "kwargs": json.loads(json.dumps(plan.section.kwargs, default=str)),
@@ -164,6 +166,8 @@ def _list_facts(plan: _Plan) -> dict[str, Any]:
         "torch": _minor_version(torch.__version__),
         "timm": _minor_version(timm.__version__),
     }
+    # Files and studies from before there was a choice name none.
+    return facts if plan.precision == "auto" else facts | {"precision": plan.precision}
 
 
 def _minor_version(version: str) -> str:
@@ -241,6 +245,7 @@ def _choose_params(plan: _Plan, *, n_groups: int) -> TrialParams:
         "epochs": plan.pretraining.epochs,
         "horizontal_flip": plan.horizontal_flip,
         "class_weights": "none",
+        "precision": plan.precision,
         "seed": plan.seed,
     }
     return TrialParams.from_json(defaults | chosen)

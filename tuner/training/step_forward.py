@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from tuner.training.compiling import Compiler, Run, keeping_draws
 from tuner.training.device import MEMORY_FORMAT
 from tuner.training.head_features import agree, keeping_buffers
+from tuner.trial import Precision
 
 
 class StepForward:
@@ -30,6 +31,7 @@ class StepForward:
         backbone: str,
         device: torch.device,
         *,
+        precision: Precision,
         dropout: torch.Generator,
         compiler: Compiler | None,
     ) -> None:
@@ -40,11 +42,12 @@ class StepForward:
             run: From a batch to its logits: the model, or the part of it that trains.
             backbone: Its name in the study file.
             device: Where it trains.
+            precision: The trial's.
             dropout: The generator of the head's dropout.
             compiler: None calls the model as it is.
         """
         self._model, self._plain, self._backbone = model, run, backbone
-        self._dropout, self._compiler = dropout, compiler
+        self._precision, self._dropout, self._compiler = precision, dropout, compiler
         self._is_cuda = device.type == "cuda"
         self._n_rows: int | None = None
         self._run: Run = run
@@ -68,7 +71,9 @@ class StepForward:
 
     def _compile(self, inputs: Tensor) -> None:
         if self._compiler is not None:
-            compiled = self._compiler.compile_checked(self._model, self._plain, inputs, self._backbone, self._dropout)
+            compiled = self._compiler.compile_checked(
+                self._model, self._plain, inputs, self._backbone, self._dropout, precision=self._precision
+            )
             self._run = self._plain if compiled is None else compiled
 
     def _may_fill(self, inputs: Tensor) -> bool:
@@ -86,7 +91,7 @@ class StepForward:
                 return False
             # Not the compiled model: it has been compared, and would be compiled once more for use without gradients.
             found = self._plain(fill_rows(inputs, self._n_rows))[: len(inputs)]
-            return agree(found, expected, inputs.device)
+            return agree(found, expected, inputs.device, self._precision)
 
 
 def fill_rows(inputs: Tensor, n_rows: int) -> Tensor:

@@ -79,7 +79,7 @@ def compute_own_logits(tmp_path: Path, image: Image.Image) -> Tensor:
         n_classes=2,
         rows=torch.arange(1),
     )
-    return predict_logits(model, batch, given, torch.device("cpu"))
+    return predict_logits(model, batch, given, torch.device("cpu"), precision="auto")
 
 
 def normalise(image: Image.Image, description: dict[str, Any]) -> Tensor:

@@ -165,3 +165,22 @@ def test_images_of_fixed_size_models_keep_their_size(example: tuple[nn.Module, M
 def test_seed_is_one_that_numpy_takes(example: tuple[nn.Module, Manifest]) -> None:
     """Trials have seeds of 63 bits, on which train.py would stop."""
     assert express(example, seed=2**40 + 7).values["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "is_rounded"),
+    [
+        ("auto", "cpu", False),
+        ("auto", "cuda:0", True),
+        ("float32", "cuda:0", False),
+        ("bfloat16", "cpu", True),
+    ],
+)
+def test_precision_is_that_of_the_training(
+    example: tuple[nn.Module, Manifest], precision: str, device: str, is_rounded: bool
+) -> None:
+    """By default that of the device that trained the model."""
+    model, manifest = example
+    manifest = replace(manifest, provenance={**manifest.provenance, "device": device})
+    values = express((model, manifest), precision=precision).values
+    assert (values.get("amp_dtype") == "bfloat16") is is_rounded

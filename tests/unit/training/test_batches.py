@@ -53,7 +53,7 @@ def test_predict_logits_keeps_the_order_over_batches_and_trains_nothing() -> Non
     """More images than one batch, in their order, in eval mode, without gradients."""
     net, images = make_net(), make_images(150)
     net.train()
-    logits = predict_logits(net, images, PREPROCESSING, CPU)
+    logits = predict_logits(net, images, PREPROCESSING, CPU, precision="auto")
     expected = net((images.pixels.float() / 255 - 0.5) / 0.5)
     torch.testing.assert_close(logits, expected)
     assert not net.training

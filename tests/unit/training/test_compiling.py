@@ -33,7 +33,10 @@ def compile_for_autograd(model: Run) -> Run:
 def check_compiled(compiler: Compiler, model: nn.Module, name: str = "own") -> bool:
     """Return whether a compiler compiles a model for a batch of noise."""
     inputs = torch.rand(8, 3, SIZE, SIZE)
-    return compiler.compile_checked(model.train(), model, inputs, name, start_dropout(1, CPU)) is not None
+    return (
+        compiler.compile_checked(model.train(), model, inputs, name, start_dropout(1, CPU), precision="auto")
+        is not None
+    )
 
 
 def train(job: TrainingJob) -> list[tuple[float, float]]:
@@ -76,7 +79,7 @@ def test_compiler_leaves_model_and_draws_as_they_were() -> None:
     expected = torch.rand(1)
     torch.manual_seed(3)
     Compiler(pytest.fail, lambda model: model).compile_checked(
-        model, model, torch.rand(8, 3, SIZE, SIZE), "own", dropout
+        model, model, torch.rand(8, 3, SIZE, SIZE), "own", dropout, precision="auto"
     )
     torch.manual_seed(3)
     assert torch.equal(torch.rand(1), expected)

@@ -1,10 +1,13 @@
 """Devices by name, and how they say that memory is out."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from tuner.errors import DeviceError
-from tuner.training.device import as_device, is_out_of_memory, seed_everything
+from tuner.training.device import as_device, computes_in_bfloat16, is_out_of_memory, seed_everything
+from tuner.trial import Precision
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 
@@ -33,6 +36,27 @@ def test_as_device_refuses_a_number_too_high() -> None:
     """A machine with CUDA says which devices it has, one without says that it has none."""
     with pytest.raises(DeviceError, match=r"^device: must (lie in cuda:0 to|exist, got 'cuda:99')"):
         as_device("cuda:99")
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("auto", False), ("float32", False), ("bfloat16", True)])
+def test_computes_in_bfloat16_on_a_cpu_on_request_alone(precision: Precision, expected: bool) -> None:
+    """It pays for some backbones on some CPUs, and all bits are promised of float32."""
+    assert computes_in_bfloat16(torch.device("cpu"), precision) is expected
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_computes_in_bfloat16_by_itself_where_cuda_has_kernels_for_it(
+    monkeypatch: pytest.MonkeyPatch, has_kernels: bool
+) -> None:
+    """Older devices only emulate it, and torch counts that as support unless it is told otherwise."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *, including_emulation: including_emulation or has_kernels
+    )
+    assert computes_in_bfloat16(device, "auto") is has_kernels
+    assert computes_in_bfloat16(device, "bfloat16")
+    assert not computes_in_bfloat16(device, "float32")
 
 
 def test_seed_everything_repeats_the_global_draws() -> None:

@@ -121,7 +121,7 @@ def run_alone(model: nn.Module, params: TrialParams, train: ImageSet = TRAIN, va
 
 def compute(model: nn.Module, images: ImageSet, view: View | None) -> Tensor:
     """Compute features as the product does."""
-    return compute_features(model, images, PREPROCESSING, CPU, view=view)
+    return compute_features(model, images, PREPROCESSING, CPU, view=view, precision="auto")
 
 
 def make_cohort(
@@ -227,7 +227,7 @@ def test_verify_head_accepts_the_backbones_of_the_gate(name: str) -> None:
     """What equals the whole model is not refused, and verifying changes no tensor."""
     model, _ = prepare(name, make_head_params())
     before = copy.deepcopy(model.state_dict())
-    verify_head(model, TRAIN, PREPROCESSING, CPU)
+    verify_head(model, TRAIN, PREPROCESSING, CPU, precision="auto")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 

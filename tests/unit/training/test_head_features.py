@@ -85,14 +85,14 @@ class Functional(nn.Module):
 
 def verify(model: nn.Module, images: ImageSet | None = None) -> None:
     """Verify on the toy images, unless others are given."""
-    verify_head(model, images or make_images(), PREPROCESSING, CPU)
+    verify_head(model, images or make_images(), PREPROCESSING, CPU, precision="auto")
 
 
 def test_compute_features_keeps_the_order_over_batches_and_trains_nothing() -> None:
     """More images than one batch; what comes is the head's input in eval mode."""
     net, images = make_net(), make_images(150)
     net.train()
-    features = compute_features(net, images, PREPROCESSING, CPU)
+    features = compute_features(net, images, PREPROCESSING, CPU, precision="auto")
     expected = net.middle(net.stem((images.pixels.float() / 255 - 0.5) / 0.5))
     torch.testing.assert_close(features, expected)
     assert (features.dtype, features.shape) == (torch.float32, (150, 256))
@@ -104,23 +104,26 @@ def test_compute_features_keeps_the_order_over_batches_and_trains_nothing() -> N
 def test_compute_features_fills_what_it_is_given() -> None:
     """A cache has its own place for them."""
     out = torch.full((64, 256), torch.nan)
-    assert compute_features(make_net(), make_images(), PREPROCESSING, CPU, out=out) is out
-    torch.testing.assert_close(out, compute_features(make_net(), make_images(), PREPROCESSING, CPU))
+    assert compute_features(make_net(), make_images(), PREPROCESSING, CPU, out=out, precision="auto") is out
+    torch.testing.assert_close(out, compute_features(make_net(), make_images(), PREPROCESSING, CPU, precision="auto"))
 
 
 def test_compute_features_of_a_double_model_are_double() -> None:
     """Nothing is rounded on the way."""
-    assert compute_features(make_net().double(), make_images(), PREPROCESSING, CPU).dtype == torch.float64
+    assert (
+        compute_features(make_net().double(), make_images(), PREPROCESSING, CPU, precision="auto").dtype
+        == torch.float64
+    )
 
 
 @pytest.mark.parametrize("view", [None, View(number=1, seed=3, strength=0.5, horizontal_flip=True)])
 def test_sample_features_are_those_of_the_first_images(view: View | None) -> None:
     """Eight, in the same view, and of so few images all."""
     images = make_images()
-    features = compute_features(make_net(), images, PREPROCESSING, CPU, view=view)
-    sample = sample_features(make_net(), images, PREPROCESSING, CPU, view=view)
+    features = compute_features(make_net(), images, PREPROCESSING, CPU, view=view, precision="auto")
+    sample = sample_features(make_net(), images, PREPROCESSING, CPU, view=view, precision="auto")
     torch.testing.assert_close(sample, features[:8])
-    assert len(sample_features(make_net(), make_images(3), PREPROCESSING, CPU)) == 3
+    assert len(sample_features(make_net(), make_images(3), PREPROCESSING, CPU, precision="auto")) == 3
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_sample_features_are_those_of_the_first_images(view: View | None) -> Non
 )
 def test_agree_allows_rounding_alone(found: list[float], expected: bool) -> None:
     """Measured by the largest value; NaN and another size are never the same."""
-    assert agree(torch.tensor(found), torch.tensor([1.0, 1000.0]), CPU) is expected
+    assert agree(torch.tensor(found), torch.tensor([1.0, 1000.0]), CPU, "auto") is expected
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"])
@@ -151,8 +154,8 @@ def test_verify_head_accepts_a_1x1_convolution() -> None:
     model = nn.Sequential(net.stem, net.middle, nn.Unflatten(1, (256, 1, 1)), head, nn.Flatten())
     model.get_classifier = lambda: head  # type: ignore[assignment]
     verify(model)
-    features = compute_features(model, make_images(), PREPROCESSING, CPU)
-    torch.testing.assert_close(features, compute_features(net, make_images(), PREPROCESSING, CPU))
+    features = compute_features(model, make_images(), PREPROCESSING, CPU, precision="auto")
+    torch.testing.assert_close(features, compute_features(net, make_images(), PREPROCESSING, CPU, precision="auto"))
     weight, bias = torch.randn(2, 256), torch.randn(2)
     put_head(model, weight, bias)
     logits = model((make_images().pixels.float() / 255 - 0.5) / 0.5)
@@ -225,7 +228,7 @@ def test_compute_features_refuses_a_head_before_the_pooling() -> None:
     with pytest.raises(
         NotCacheable, match=r"^its classifier takes \(16, 3, 8, 8\) for 16 images, not one vector each$"
     ):
-        compute_features(model, make_images(), PREPROCESSING, CPU)
+        compute_features(model, make_images(), PREPROCESSING, CPU, precision="auto")
 
 
 @pytest.mark.parametrize(

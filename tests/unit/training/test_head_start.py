@@ -88,7 +88,7 @@ def test_head_on_features_is_the_head_on_images(*, keep_head: bool) -> None:
     assert recipe is not None
     assert job.val is not None
     features, val_features = (
-        compute_features(job.model, images, PREPROCESSING, CPU) for images in (job.train, job.val)
+        compute_features(job.model, images, PREPROCESSING, CPU, precision="auto") for images in (job.train, job.val)
     )
     weights, biases = start_heads(fc_of(job), [recipe.seed], keep_head=keep_head)
     cohort = CohortJob(

@@ -22,7 +22,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"optimizer": "sgd"}, {"unfrozen_layers": 2}, {"backbone": "other"}, {"momentum": 0.0}]
+    "changed",
+    [{"optimizer": "sgd"}, {"unfrozen_layers": 2}, {"backbone": "other"}, {"momentum": 0.0}, {"precision": "bfloat16"}],
 )
 def test_need_is_another_one_where_memory_is(changed: dict[str, Any]) -> None:
     """Each of these takes other memory."""

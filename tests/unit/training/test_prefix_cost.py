@@ -39,7 +39,7 @@ def test_measure_cost_times_everything() -> None:
     """Nothing is free, and everything is per image."""
     net = freeze(make_net())
     partition = partition_model(net, torch.zeros(3, 3, SIZE, SIZE))
-    cost = measure_cost(net, partition, make_images(), PREPROCESSING, CPU)
+    cost = measure_cost(net, partition, make_images(), PREPROCESSING, CPU, precision="auto")
     assert all(0 < seconds < 1 for seconds in vars(cost).values())
 
 

@@ -18,10 +18,10 @@ from tuner.models.layers import freeze_layers
 from tuner.models.partition import Partition, build_bridge, partition_model
 from tuner.spec.sections import BackboneSection, DataSection, StudySection, StudySpec
 from tuner.spec.space import Choices
-from tuner.training.batches import build_normaliser
+from tuner.training.batches import build_normaliser, find_dtype
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.metrics import Scores
-from tuner.training.prefix_maps import CachedPrefix, compute_maps, continue_maps, verify_partition
+from tuner.training.prefix_maps import CachedPrefix, compute_maps, continue_maps, find_map_dtype, verify_partition
 from tuner.training.prepare import prepare_model
 from tuner.trial import EpochResult, TrialParams
 
@@ -43,6 +43,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }
 ALL = BACKBONES | OTHERS
+CONVOLUTIONAL = ("resnet18", "mobilenetv2_100", "vgg16_bn", "regnetx_002", "mobilenetv3_small_050")
 PLAIN: dict[str, Any] = {"augmentation_strength": 0.0, "layer_decay": 0.7}
 VIEWS: dict[str, Any] = {
     "augmentation_strength": 0.5,
@@ -82,16 +83,17 @@ def cut(model: nn.Module, params: TrialParams) -> tuple[nn.Module, Partition]:
     """Return a frozen copy of a model, and its partition."""
     frozen = copy.deepcopy(model).to(memory_format=torch.channels_last)
     freeze_layers(frozen, params.unfrozen_layers)
-    return frozen, partition_model(frozen, take_inputs(3))
+    return frozen, partition_model(frozen, take_inputs(3, find_dtype(model)))
 
 
-def take_inputs(n_images: int) -> Tensor:
-    """Return some images as a model in double precision takes them."""
-    return build_normaliser(PREPROCESSING, CPU, torch.float64)(TRAIN.pixels[:n_images] / 255)
+def take_inputs(n_images: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return some images as a model in a type takes them."""
+    return build_normaliser(PREPROCESSING, CPU, dtype)(TRAIN.pixels[:n_images].to(dtype) / 255)
 
 
 def keep_maps(model: nn.Module, params: TrialParams, *, is_mutant: bool = False, delay: int = 0) -> CachedPrefix:
-    """Return a model's maps as the product computes them; a mutant's BatchNorm takes the batch's statistics."""
+    """Return a model's maps as the product keeps them; a mutant's BatchNorm takes the batch's statistics."""
+    precision = params.precision
     frozen, partition = cut(model, params)
     if is_mutant:
         for module in frozen.modules():
@@ -99,9 +101,12 @@ def keep_maps(model: nn.Module, params: TrialParams, *, is_mutant: bool = False,
 
     def compute(epoch: int) -> Tensor:
         view = find_view(params, epoch + delay)
-        return compute_maps(frozen, partition, TRAIN, PREPROCESSING, CPU, view=view)
+        return keep(compute_maps(frozen, partition, TRAIN, PREPROCESSING, CPU, precision=precision, view=view))
 
-    val = compute_maps(frozen, partition, VAL, PREPROCESSING, CPU)
+    def keep(maps: Tensor) -> Tensor:
+        return maps.to(find_map_dtype(CPU, precision)) if precision == "bfloat16" else maps
+
+    val = keep(compute_maps(frozen, partition, VAL, PREPROCESSING, CPU, precision=precision))
     return CachedPrefix(partition=partition, train=compute, val=val)
 
 
@@ -156,6 +161,25 @@ def test_training_on_maps_of_plain_images_is_training_the_whole_model(name: str)
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_training_on_maps_kept_in_bfloat16_is_training_the_whole_model_in_it(name: str) -> None:
+    """The losses are those of bfloat16, not of float32.
+
+    Equal to the bit where bfloat16 crosses the cut, and rounded where a residual stream in float32 does.
+    """
+    params = make_deep_params(**PLAIN, precision="bfloat16")
+    model = prepare(name, params).float()
+    rounded, on_maps = (list_losses(train(model, params, maps)) for maps in (None, keep_maps(model, params)))
+    assert on_maps == pytest.approx(rounded, rel=5e-3)
+    assert rounded != list_losses(train(model, replace(params, precision="float32"), None))
+    assert name not in CONVOLUTIONAL or on_maps == rounded
+
+
+def list_losses(run: Run) -> list[float]:
+    """Return what each epoch showed."""
+    return [loss for result, _ in run.epochs for loss in (result.train_loss, result.val_loss)]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_verify_partition_accepts_the_backbones_of_the_gate(name: str) -> None:
     """What equals the whole model is not refused, and verifying changes no tensor."""
     params = make_deep_params()
@@ -171,9 +195,13 @@ def test_maps_of_a_later_cut_follow_from_those_of_an_earlier_one(name: str) -> N
     model = prepare(name, make_deep_params())
     (at_earlier, earlier), (at_later, later) = (cut(model, make_deep_params(unfrozen_layers=n)) for n in (2, 1))
     bridge = build_bridge(at_earlier, take_inputs(3), earlier=earlier, later=later)
-    expected, maps = (compute_maps(at_later, each, VAL, PREPROCESSING, CPU) for each in (later, earlier))
+    expected, maps = (
+        compute_maps(at_later, each, VAL, PREPROCESSING, CPU, precision="auto") for each in (later, earlier)
+    )
     found, told = torch.full_like(expected, torch.nan), []
-    continue_maps(at_later, bridge, maps, VAL, CPU, out=found, on_progress=lambda *done: told.append(done))
+    continue_maps(
+        at_later, bridge, maps, VAL, CPU, out=found, on_progress=lambda *done: told.append(done), precision="auto"
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert told[-1] == (len(VAL.labels), len(VAL.labels))
 

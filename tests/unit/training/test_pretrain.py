@@ -90,6 +90,15 @@ def test_pretrain_backbone_trains_anew_for_another_recipe(change: dict[str, Any]
     assert epochs
 
 
+def test_pretrain_backbone_trains_anew_in_another_precision() -> None:
+    """Of a study that names none the file is the one from before there was a choice."""
+    spec = make_spec()
+    training = spec.training.model_copy(update={"precision": "bfloat16"})
+    other = spec.model_copy(update={"training": training})
+    assert pretrain(other)[0] != pretrain(spec)[0]
+    assert identify_pretraining(NAME, other) != identify_pretraining(NAME, spec)
+
+
 def flip_bit(data: bytes) -> bytes:
     """Return bytes of which the last differs in one bit."""
     return data[:-1] + bytes([data[-1] ^ 1])

@@ -75,7 +75,9 @@ def make_forward(model: nn.Module, *, is_compiled: bool = True) -> tuple[StepFor
         return run
 
     compiler = Compiler(pytest.fail, compile_model) if is_compiled else None
-    forward = StepForward(model.train(), model, "own", CPU, dropout=start_dropout(1, CPU), compiler=compiler)
+    forward = StepForward(
+        model.train(), model, "own", CPU, dropout=start_dropout(1, CPU), compiler=compiler, precision="auto"
+    )
     return forward, sizes
 
 
