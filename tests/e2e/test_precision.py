@@ -86,6 +86,7 @@ def test_bfloat16_holds_from_the_search_to_production(tmp_path: Path) -> None:
     code, output = place.run()
     assert code == 0, output
     assert "its frozen layers are computed in every epoch" not in output
+    assert "heads train on images" not in output
     trials = read_study(place).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
     assert {trial.user_attrs["params_resolved"]["precision"] for trial in trials} == {"bfloat16"}
