@@ -83,7 +83,7 @@ REAL = (
     Images(name="caltech101", horizontal_flip=True, n_classes=30),
 )
 _SIZE = 64
-_DIGITS = Images(name="digits", horizontal_flip=False)
+DIGITS = Images(name="digits", horizontal_flip=False)
 
 
 def open_bench(folder: Path, images: Images, *, smoke: bool) -> "Workbench":
@@ -118,7 +118,9 @@ def open_bench(folder: Path, images: Images, *, smoke: bool) -> "Workbench":
     return Workbench(spec, read_study_data(spec), device="cpu", n_threads=1, note=print)
 
 
-def train_arm(bench: "Workbench", recipe: Mapping[str, Any], arm: str, seed: int) -> dict[str, Any]:
+def train_changed(
+    bench: "Workbench", recipe: Mapping[str, Any], changes: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
     """Train a recipe with what an arm changes in it; return its accuracy and loss on val after its last epoch."""
     from dataclasses import replace
 
@@ -132,7 +134,7 @@ def train_arm(bench: "Workbench", recipe: Mapping[str, Any], arm: str, seed: int
     head = resolve_params(bench.spec, {"lr": recipe["lr"]}, {backbone: 1}, seed=seed)
     n_groups = len(group_layers(bench.make_model(head)))
     params = resolve_params(bench.spec, dict(recipe), {backbone: n_groups}, seed=seed)
-    params = replace(params, view_seed=seed, **ARMS[arm])
+    params = replace(params, view_seed=seed, **changes)
     preprocessing = bench.preprocess(backbone)
     train, val = bench.load_images(preprocessing.interpolation)
     began = time.process_time()
@@ -145,7 +147,8 @@ def train_arm(bench: "Workbench", recipe: Mapping[str, Any], arm: str, seed: int
         device=bench.device,
     )
     train_only(job)  # validated once, at the end: the numbers of train_epochs, sooner
-    scores = score_logits(predict_logits(job.model, val, preprocessing, job.device, precision="auto"), val.labels)
+    logits = predict_logits(job.model, val, preprocessing, job.device, precision=params.precision)
+    scores = score_logits(logits, val.labels)
     seconds = round(time.process_time() - began, 2)
     return {"accuracy": scores.accuracy, "loss": scores.loss, "cpu_seconds": seconds}
 
@@ -245,7 +248,7 @@ def run_views(
     done = {(*_pair(run), run["arm"]) for run in result["runs"]}
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name, empty_cache():
         benches = {}
-        for images in REAL if has_real else (_DIGITS,):
+        for images in REAL if has_real else (DIGITS,):
             place = Path(name, images.name)
             place.mkdir()
             benches[images.name] = open_bench(place, images, smoke=smoke)
@@ -253,7 +256,7 @@ def run_views(
             is_asked = run["arm"] in arms and str(run["recipe"]["unfrozen_layers"]) in layers
             if not is_asked or (*_pair(run), run["arm"]) in done:
                 continue
-            numbers = train_arm(benches[run["data"]], run["recipe"], run["arm"], run["seed"])
+            numbers = train_changed(benches[run["data"]], run["recipe"], ARMS[run["arm"]], run["seed"])
             result["runs"].append(run | numbers)
             result["summary"] = compare(result["runs"])
             result["default"] = choose_default(result["summary"])
