@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.service.test_messages import PARAMS
+from tests.unit.service.test_wire import PARAMS
 from tuner.service.messages import EpochDone, GivenBack, Reply, Train, TrialDone, Verdict
 from tuner.service.study_data import read_study_data
 from tuner.service.training_session import TrainingSession

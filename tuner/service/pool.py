@@ -21,8 +21,9 @@ from contextlib import suppress
 from typing import Self
 
 from tuner.errors import ERRORS_BY_NAME
-from tuner.service.messages import Crashed, Lines, Refused, Reply, Request, encode
+from tuner.service.messages import Crashed, Refused, Reply, Request
 from tuner.service.slots import Slot, bind
+from tuner.service.wire import Lines, encode
 
 WORKER_MODULE = "tuner.service.worker"
 _GRACE_SECONDS = 5.0

@@ -43,11 +43,11 @@ from tuner.service.progress import (
 )
 from tuner.service.run_clock import Deadline, RunClock
 from tuner.service.run_files import RunFiles
-from tuner.service.running_jobs import Preparing, Training
+from tuner.service.running_jobs import RunningJobs, Training
 from tuner.service.scouting import TICK_SECONDS, Scouted, start_worker
 from tuner.service.signals import StopSignals
 from tuner.service.supply import Supply
-from tuner.trial import Reason, TrialOutcome, TrialParams, TrialState
+from tuner.trial import Reason, TrialOutcome, TrialState
 
 _OUT_OF_BUDGET = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the budget was spent")
 _INTERRUPTED = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the run was stopped")
@@ -80,11 +80,10 @@ class SearchLoop:
         self._jobs = deque(
             Prepare(data_hash=self._data_hash, backbone=name) for name in (None, *self._spec.backbone_names())
         )
-        self._busy: dict[int, Preparing | Training] = {}
+        self._running = RunningJobs(clock)
         self._events: list[Event] = []  # shown once they are stored
         self._best: tuple[int, float] | None = None
         self._stopped: set[int] = set()  # by the end of the budget
-        self._carried: dict[int, float] = {}  # device-seconds of trials that were given back
         self._failures = FailureCount(self._spec.study.name)
 
     @property
@@ -106,13 +105,7 @@ class SearchLoop:
 
     def interrupt_running(self) -> None:
         """End what was asked and has not ended, with what it has taken so far."""
-        costs = dict(self._carried)
-        for worker_number, job in self._busy.items():
-            if isinstance(job, Training):
-                job.charge()
-                worker = self._pool.workers.get(worker_number)
-                slot = worker.slot if worker else None
-                costs |= {number: self._clock.weigh(slot, job.spent.get(number, 0.0)) for number in job.members}
+        costs = self._running.count_costs(self._pool.workers)
         for number in self._book.running_numbers:
             self._book.tell(number, _INTERRUPTED, device_seconds=costs.get(number, 0.0))
         self._book.flush()
@@ -143,11 +136,11 @@ class SearchLoop:
         idle = [
             worker
             for number, worker in self._pool.workers.items()
-            if number in self._ready and number not in self._busy
+            if number in self._ready and worker not in self._running
         ]
         if self._supply.is_late:
             self._jobs.clear()
-        if self._jobs or any(isinstance(job, Preparing) for job in self._busy.values()):
+        if self._jobs or self._running.prepared:
             self._prepare(idle)
             return True
         if self._unshared is not None:
@@ -158,18 +151,16 @@ class SearchLoop:
                 break
         self._settle()
         # With all workers busy starting up there is something to wait for although nothing is busy yet.
-        return bool(self._busy) or not self._supply.is_dry
+        return len(self._running) > 0 or not self._supply.is_dry
 
     def _prepare(self, idle: list[Worker]) -> None:
         """Prepare the images first, then the backbones side by side."""
         for worker in idle:
-            images_pending = any(
-                isinstance(busy, Preparing) and busy.job.backbone is None for busy in self._busy.values()
-            )
+            images_pending = any(job.backbone is None for job in self._running.prepared)
             if not self._jobs or images_pending:
                 return
             job = self._jobs.popleft()
-            self._busy[worker.number] = Preparing(job=job, started=time.monotonic())
+            self._running.begin_preparing(worker, job)
             text = f"preparing {job.backbone or 'the images'}"
             self._display.show(ActivityChanged(worker=worker.number, text=text))
             worker.send(job)
@@ -190,14 +181,14 @@ class SearchLoop:
 
     def _start_trials(self, worker: Worker, n_idle: int) -> bool:
         """Start a trial or a cohort; return whether there was one."""
-        batch = self._supply.take(self._list_busy(), n_idle)
+        batch = self._supply.take(self._running.recipes, n_idle)
         if batch is None:
             return False
-        members = dict(batch.members)
-        self._busy[worker.number] = Training(members=members, n_given=len(members), charged=time.monotonic())
+        numbers = tuple(number for number, _ in batch.members)
+        self._running.begin_training(worker, batch.members)
         self._start_clock(worker)
         has_checkpoint = not batch.uses_features and not batch.repeats
-        checkpoint = str(self._files.find_checkpoint(batch.members[0][0])) if has_checkpoint else ""
+        checkpoint = str(self._files.find_checkpoint(numbers[0])) if has_checkpoint else ""
         worker.send(
             Train(
                 data_hash=self._data_hash,
@@ -209,14 +200,10 @@ class SearchLoop:
                 cuts=self._cuts[batch.members[0][1].backbone],
             )
         )
-        self._book.place(members, worker.slot.device if worker.slot else "")
-        started = TrialsStarted(worker=worker.number, numbers=tuple(members), params=batch.members[0][1])
+        self._book.place(numbers, worker.slot.device if worker.slot else "")
+        started = TrialsStarted(worker=worker.number, numbers=numbers, params=batch.members[0][1])
         self._display.show(started)
         return True
-
-    def _list_busy(self) -> list[TrialParams]:
-        trainings = (job for job in self._busy.values() if isinstance(job, Training))
-        return [params for job in trainings for params in job.members.values()]
 
     # --- listen ---
 
@@ -232,11 +219,10 @@ class SearchLoop:
 
     def _end_overdue(self) -> None:
         """End workers whose trials take longer than the user allows."""
-        for number, job in tuple(self._busy.items()):
-            if isinstance(job, Training) and self._pool.watched_seconds > job.deadline:
-                worker = self._pool.workers[number]
-                self._pool.end(worker, f"trained longer than {self._spec.search.trial_timeout:g} s")
-                self._lose(worker, is_overdue=True)
+        for number in self._running.list_overdue(self._pool.watched_seconds):
+            worker = self._pool.workers[number]
+            self._pool.end(worker, f"trained longer than {self._spec.search.trial_timeout:g} s")
+            self._lose(worker, is_overdue=True)
 
     def _handle(self, worker: Worker, reply: Reply) -> None:
         match reply:
@@ -253,9 +239,7 @@ class SearchLoop:
                 progress = Progressed(worker=worker.number, text=reply.text, n_done=reply.n_done, n_total=reply.n_total)
                 self._display.show(progress)
             case Prepared():
-                job = self._busy.pop(worker.number)
-                assert isinstance(job, Preparing)  # noqa: S101 - only a preparing worker says so
-                self._clock.add_build(worker.slot, time.monotonic() - job.started)
+                self._running.end_preparing(worker)
                 self._display.show(ActivityChanged(worker=worker.number, text=""))
             case EpochDone():
                 self._judge(worker, reply)
@@ -267,11 +251,10 @@ class SearchLoop:
                 raise TypeError(f"unexpected reply: {reply}")
 
     def _start_clock(self, worker: Worker) -> None:
-        job, limit = self._busy.get(worker.number), self._spec.search.trial_timeout
+        limit = self._spec.search.trial_timeout
         # A confirmation trains on images what the search may have trained in seconds on features.
-        is_limited = limit is not None and not isinstance(self._supply, ConfirmationSupply)
-        if isinstance(job, Training) and limit is not None and is_limited:
-            job.deadline = self._pool.watched_seconds + limit
+        if limit is not None and not isinstance(self._supply, ConfirmationSupply):
+            self._running.set_deadline(worker, self._pool.watched_seconds + limit)
 
     def _judge(self, worker: Worker, done: EpochDone) -> None:
         """Report an epoch, and answer with what the trials are to do."""
@@ -294,37 +277,26 @@ class SearchLoop:
         outcome = done.outcome
         if done.number in self._stopped and outcome.reason is Reason.PRUNER:
             outcome = _OUT_OF_BUDGET
-        value = self._book.tell(done.number, outcome, done.usage, device_seconds=self._take_cost(worker, done.number))
+        cost = self._running.take_cost(worker, done.number)
+        value = self._book.tell(done.number, outcome, done.usage, device_seconds=cost)
         self._announce(worker, done.number, outcome, value)
         self._files.note_end(kept=done.kept)
-        ((_, params),) = self._release(worker, (done.number,))
+        ((_, params),) = self._running.release(worker, (done.number,))
+        self._show_idle(worker)
         has_all_maps = done.usage.features != "none" and outcome.state is TrialState.COMPLETE  # of each epoch's view
         if has_all_maps and isinstance(self._supply, Supply):
             self._supply.mark_warm(params)
         if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
             self._failures.count(origin, done.outcome)
 
-    def _take_cost(self, worker: Worker, number: int) -> float:
-        """Return the device-seconds that a trial has taken."""
-        job = self._busy[worker.number]
-        assert isinstance(job, Training)  # noqa: S101 - only a training worker speaks of trials
-        job.charge()
-        return self._clock.weigh(worker.slot, job.spent.get(number, 0.0)) + self._carried.pop(number, 0.0)
-
-    def _release(self, worker: Worker, numbers: tuple[int, ...]) -> tuple[tuple[int, TrialParams], ...]:
-        """Take trials from a worker, which is idle after its last; return their numbers and recipes."""
-        job = self._busy[worker.number]
-        assert isinstance(job, Training)  # noqa: S101 - only a training worker speaks of trials
-        members = tuple((number, job.members.pop(number)) for number in numbers)
-        if not job.members:
-            del self._busy[worker.number]
+    def _show_idle(self, worker: Worker) -> None:
+        """Have it shown that a worker has nothing left to do, if so it is."""
+        if worker not in self._running:
             self._events.append(ActivityChanged(worker=worker.number, text=""))
-        return members
 
     def _take_back(self, worker: Worker, reply: GivenBack) -> None:
-        for number in reply.numbers:
-            self._carried[number] = self._take_cost(worker, number)
-        members = self._release(worker, reply.numbers)
+        members = self._running.take_back(worker, reply.numbers)
+        self._show_idle(worker)
         self._supply.take_back(members, is_lasting=reply.is_lasting)
         self._events.append(Noted(text=f"{reply.backbone}: its heads train on images, not on features: {reply.reason}"))
 
@@ -351,7 +323,7 @@ class SearchLoop:
         self._display.show(ActivityChanged(worker=worker.number, text=""))
         self._display.show(Noted(text=f"{message}; another one takes its place"))
         self._ready.discard(worker.number)
-        match self._busy.pop(worker.number, None):
+        match self._running.lose(worker):
             case Training(members=members, n_given=n_given) as job:
                 loss = Loss(
                     message=message,
@@ -362,9 +334,7 @@ class SearchLoop:
                 )
                 outcome = self._failures.blame(loss)
                 origin = self._book.origin(min(members))
-                job.charge()
-                for number in members:
-                    cost = self._clock.weigh(worker.slot, job.spent.get(number, 0.0))
+                for number, cost in self._running.weigh(worker, job).items():
                     self._book.tell(number, outcome, device_seconds=cost)
                     self._announce(worker, number, outcome, None)
                     self._files.note_end(kept=False)

@@ -24,7 +24,6 @@ from tuner.service.messages import (
     Describe,
     EpochDone,
     Hello,
-    Lines,
     Message,
     Note,
     Prepare,
@@ -35,8 +34,8 @@ from tuner.service.messages import (
     Setup,
     Train,
     Verdict,
-    encode,
 )
+from tuner.service.wire import Lines, encode
 from tuner.spec.sections import StudySpec
 
 _MAX_PULSE_SECONDS = 5.0

@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 
 from tests.unit.search.builders import close_storages, make_url, open_small, read_plainly, run_trial
-from tests.unit.service.test_messages import PARAMS
+from tests.unit.service.test_wire import PARAMS
 from tuner.cli.main import run_command
 from tuner.errors import StudyError
 from tuner.production.reading import describe_trial, read_trial

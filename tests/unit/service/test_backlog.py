@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from tests.unit.service.test_messages import PARAMS
+from tests.unit.service.test_wire import PARAMS
 from tuner.service.backlog import Backlog, Batch
 from tuner.trial import Repeat, TrialParams
 

@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from tests.unit.service.test_messages import PARAMS
+from tests.unit.service.test_wire import PARAMS
 from tuner.service.progress import (
     ActivityChanged,
     BestFound,

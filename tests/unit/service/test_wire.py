@@ -10,7 +10,6 @@ from tuner.service.messages import (
     EpochDone,
     GivenBack,
     Hello,
-    Lines,
     Message,
     Probe,
     Probed,
@@ -18,9 +17,8 @@ from tuner.service.messages import (
     Train,
     TrialDone,
     Verdict,
-    decode,
-    encode,
 )
+from tuner.service.wire import Lines, decode, encode
 from tuner.trial import ClassReport, HeadStart, Reason, TrialOutcome, TrialParams, TrialState, Usage
 
 PARAMS = TrialParams(
