@@ -84,9 +84,10 @@ def read_end(done: TrialDone) -> tuple[str, str | None]:
     return done.outcome.state.value, done.outcome.reason
 
 
-def test_batch_that_does_not_fit_trains_in_parts_and_is_the_same(tmp_path: Path, cache: Path) -> None:
+@in_process_of_its_own
+def test_batch_that_does_not_fit_trains_in_parts_and_is_the_same(folder: Path) -> None:
     """The same curve as without a limit, below the limit, told once; and measured once for all batches."""
-    bench, notes = make_bench(tmp_path)
+    bench, notes = make_bench(folder)
     desk = train(bench, WHOLE, replace(WHOLE, lr=0.02), replace(WHOLE, batch_size=16))
     ends = desk.ends()
     assert {read_end(end) for end in ends.values()} == {("COMPLETE", None)}
@@ -100,8 +101,8 @@ def test_batch_that_does_not_fit_trains_in_parts_and_is_the_same(tmp_path: Path,
     (note,) = notes
     assert note.startswith(f"{WHOLE.backbone} with batch_size 128 would take ")
     assert note.endswith(f" of 110 MB: it trains {usage.micro_batch} images at a time and adds their gradients up")
-    assert len(list(cache.iterdir())) == 1
-    free = train(make_bench(tmp_path, None)[0], WHOLE)
+    assert len(list((folder / "cache" / "memory").iterdir())) == 1
+    free = train(make_bench(folder, None)[0], WHOLE)
     ours, theirs = desk.curve(0)[0], free.curve(0)[0]
     assert (ours.train_loss, ours.val_loss) == pytest.approx((theirs.train_loss, theirs.val_loss), rel=1e-4)
 
