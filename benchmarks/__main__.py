@@ -12,6 +12,7 @@ from benchmarks.cases import (
     growth,
     head_start,
     honesty,
+    huge_pages,
     memory,
     memory_admission,
     precision,
@@ -32,6 +33,7 @@ CASES = {
     for case in (
         trial_book.CASE,
         step_overhead.CASE,
+        huge_pages.CASE,
         suffix_step.CASE,
         prefix_cost.CASE,
         decode.CASE,

@@ -100,7 +100,15 @@ def test_device_that_does_not_exist_is_refused() -> None:
 def test_bind_counts_in_what_the_user_made_visible(visible: str | None, device: str, expected: str) -> None:
     """cuda:N is the N-th of the user's CUDA_VISIBLE_DEVICES."""
     environment = {"HOME": "/"} if visible is None else {"HOME": "/", "CUDA_VISIBLE_DEVICES": visible}
-    assert bind(device, environment) == {"HOME": "/", "CUDA_VISIBLE_DEVICES": expected}
+    bound = bind(device, environment)
+    assert (bound["HOME"], bound["CUDA_VISIBLE_DEVICES"]) == ("/", expected)
+
+
+def test_bind_asks_for_huge_pages_on_the_cpu_unless_the_user_tunes_glibc() -> None:
+    """A GPU's worker leaves the large blocks to the device."""
+    assert bind("cpu", {}) == {"CUDA_VISIBLE_DEVICES": "", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert bind("cpu", {"GLIBC_TUNABLES": "own"})["GLIBC_TUNABLES"] == "own"
+    assert "GLIBC_TUNABLES" not in bind("cuda:0", {})
 
 
 @pytest.mark.parametrize(
