@@ -4,7 +4,7 @@ Time: one epoch of full fine-tuning on resident random images and its validation
 thread, for backbones of five families with random weights; the arms are summed, each backbone stands apart. Accuracy:
 pairs of trainings of real weights on real images (those of ``views``, fresh augmentation), the same but for the
 precision; val chooses nothing. A regression: float32 is the faster one for a ResNet on a CPU with matrix units
-for bfloat16 (AMX), or bfloat16 is worse by more than two standard errors on a data set.
+for bfloat16 (AMX), or bfloat16 is worse by more than two standard errors with a recipe on a data set.
 """
 
 import statistics
@@ -126,13 +126,14 @@ def conclude(numbers: Mapping[str, list[float]], smoke: bool) -> dict[str, Any]:
             low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
             told[f"{backbone}, {what}, speed against {_BASELINE}"] = f"{middle:.2f}x ({low:.2f} to {high:.2f})"
     pairs = list(train_pairs(smoke=smoke))
-    for data in dict.fromkeys(pair["data"] for pair in pairs):
-        own = [pair["accuracy"] for pair in pairs if pair["data"] == data]
+    for data, unfrozen in dict.fromkeys((pair["data"], pair["recipe"]["unfrozen_layers"]) for pair in pairs):
+        own = [
+            pair["accuracy"] for pair in pairs if (pair["data"], pair["recipe"]["unfrozen_layers"]) == (data, unfrozen)
+        ]
         gains = [100 * (each["bfloat16"] - each[_BASELINE]) for each in own]
-        error = statistics.stdev(gains) / len(gains) ** 0.5
-        told[f"{data}, points of accuracy against {_BASELINE}, {len(gains)} pairs"] = (
-            f"{statistics.fmean(gains):+.2f} ± {error:.2f}"
-        )
+        error = f" ± {statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else ""
+        name = f"{data}, {unfrozen} layer groups, points of accuracy against {_BASELINE}, {len(gains)} pairs"
+        told[name] = f"{statistics.fmean(gains):+.2f}{error}"
     return told | {"rounds": rounds, "pairs": pairs}
 
 

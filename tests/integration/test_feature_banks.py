@@ -12,7 +12,7 @@ import torch
 from tests.integration import own_backbones
 from tests.integration.test_head_training import HEAD, OWN, Desk
 from tuner.data.cache import clear_cache
-from tuner.service import messages, open_banks, training_session
+from tuner.service import describing, messages, open_banks, training_session
 from tuner.service.describing import describe_study
 from tuner.service.messages import GivenBack, Reply, Train
 from tuner.service.open_banks import OpenBanks, choose_closed
@@ -227,3 +227,25 @@ def test_banks_that_stay_on_the_host_take_no_memory_of_a_device(monkeypatch: pyt
     assert count(15, 16) == 20
     on_host = OpenBanks(SimpleNamespace(device=torch.device("cpu")), Desk())  # type: ignore[arg-type]
     assert on_host.count_later([SimpleNamespace(name="a", n_bytes=1000)]) == 1000  # type: ignore[list-item]
+
+
+def test_features_of_another_precision_are_others(tmp_path: Path) -> None:
+    """Those of float32 are near enough to pass for bfloat16's, and are kept in the same type."""
+
+    def start(precision: str) -> Worker:
+        training = {"backbone": HEAD.backbone, "unfrozen_layers": 1, "epochs": 2, "precision": precision}
+        return Worker(folder=tmp_path, tables={"training": training})
+
+    for precision in ("float32", "bfloat16"):
+        assert start(precision).name_use(precision=precision) == "computed"
+        assert start(precision).name_use(precision=precision) == "cached"
+
+
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be emulated, and slow."""
+    training = {"backbone": HEAD.backbone, "epochs": 2, "precision": "bfloat16"}
+    spec, data = read_study(tmp_path, training=training)
+    for lacks in (True, False):
+        monkeypatch.setattr(describing, "lacks_bfloat16", lambda lacks=lacks: lacks)
+        notes = describe_study(spec, data, timed=True).notes
+        assert any("this CPU has no instructions for it" in note for note in notes) is lacks

@@ -177,13 +177,19 @@ def _write_hf(folder: Path, source: _Source) -> tuple[str, ...]:
 def _write_onnx(folder: Path, source: _Source) -> tuple[str, ...]:
     program = trace_model(source.model, source.manifest.backbone, image_size=source.manifest.image_size)
     write_onnx(folder / ONNX_NAME, program, source.model, json.dumps(source.preprocessing))
-    return ()
+    return _note_precision(source.manifest)
 
 
 def _write_torch(folder: Path, source: _Source) -> tuple[str, ...]:
     program = trace_model(source.model, source.manifest.backbone, image_size=source.manifest.image_size)
     write_program(folder / PROGRAM_NAME, program, {PREPROCESSING_NAME: json.dumps(source.preprocessing)})
-    return ()
+    return _note_precision(source.manifest)
+
+
+def _note_precision(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.params.precision != "bfloat16":
+        return ()
+    return ("the graph computes in float32, 'tuner predict' in bfloat16: probabilities differ by its rounding",)
 
 
 _WRITERS: dict[str, Callable[[Path, _Source], tuple[str, ...]]] = {

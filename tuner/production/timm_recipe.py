@@ -54,11 +54,17 @@ def express_recipe(manifest: Manifest, model: nn.Module) -> TimmRecipe:
         "channels_last": True,
         "seed": params.seed % _SEEDS,
     }
-    was_on_cuda = str(manifest.provenance.get("device", "")).startswith("cuda")
-    if params.precision == "bfloat16" or (params.precision == "auto" and was_on_cuda):
+    if _find_precision(manifest) == "bfloat16":
         values |= {"amp": True, "amp_dtype": "bfloat16"}
     check_options(values)
     return TimmRecipe(values=values, notes=(*_note_model(manifest, model), *_note_training(params)))
+
+
+def _find_precision(manifest: Manifest) -> str:
+    """Return what the model was trained in: folders that a search kept, and older ones, tell the device alone."""
+    was_on_cuda = str(manifest.provenance.get("device", "")).startswith("cuda")
+    told = manifest.provenance.get("computed_in", "bfloat16" if was_on_cuda else "float32")
+    return str(told) if manifest.params.precision == "auto" else manifest.params.precision
 
 
 def _express_model(manifest: Manifest, model: nn.Module) -> dict[str, Any]:

@@ -27,7 +27,9 @@ from tuner.service.messages import Description
 from tuner.service.study_data import StudyData, compare_search_splits
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.spec.space import PARAMETERS, Choices, FloatRange, IntRange
+from tuner.training.device import autocast, lacks_bfloat16
 from tuner.training.pretrain import find_pretrained, identify_pretraining
+from tuner.trial import Precision
 
 _TIMED_IMAGES = 8
 _TIMING_SECONDS = 8.0
@@ -60,7 +62,7 @@ def describe_study(spec: StudySpec, data: StudyData, *, timed: bool) -> Descript
         n_params[name] = sum(parameter.numel() for parameter in model.parameters())
         weights[name], fingerprints[name] = _identify_weights(name, spec)
         if timed and perf_counter() - started < _TIMING_SECONDS:
-            seconds_per_image[name] = _time_image(model, spec.data.image_size)
+            seconds_per_image[name] = _time_image(model, spec.data.image_size, spec.training.precision)
     return Description(
         classes=data.index.classes,
         split_counts=_count_splits(data),
@@ -101,13 +103,15 @@ def _identify_weights(name: str, spec: StudySpec) -> tuple[str, str]:
     return f"{info.kind}: {info.detail}" if info.detail != info.kind else info.kind, info.fingerprint
 
 
-def _time_image(model: nn.Module, image_size: int) -> float:
+def _time_image(model: nn.Module, image_size: int, precision: Precision) -> float:
     """Return the seconds that one image of full fine-tuning takes on the CPU, after a warm-up."""
     images = torch.zeros(_TIMED_IMAGES, 3, image_size, image_size)
     model.train()
     for _ in range(2):
         started = perf_counter()
-        model(images).square().mean().backward()
+        with autocast(torch.device("cpu"), precision):
+            logits = model(images)
+        logits.float().square().mean().backward()
         seconds = perf_counter() - started
     return seconds / _TIMED_IMAGES
 
@@ -139,6 +143,11 @@ def _list_notes(spec: StudySpec, data: StudyData) -> tuple[str, ...]:
     if not has_test(data.index, data.splits):
         notes.append(
             "no test split: 'tuner train' will have no unbiased number; data.test_fraction = 0.2 keeps one back"
+        )
+    uses_cpu = "cpu" in spec.workers.devices or not torch.cuda.is_available()
+    if spec.training.precision == "bfloat16" and uses_cpu and lacks_bfloat16():
+        notes.append(
+            'training.precision = "bfloat16": this CPU has no instructions for it; float32 is several times as fast'
         )
     may_augment = max(_bounds(spec, "augmentation_strength")) > 0
     if min(_bounds(spec, "unfrozen_layers")) == 1 and may_augment and spec.training.views == "fresh":

@@ -233,6 +233,7 @@ class OpenBanks:
             "kwargs": bench.section(request.backbone).kwargs,
             **request.part,
             "view": asdict(request.view) if request.view else None,
+            "device": bench.device.type,
             "dtype": "bfloat16" if computes_in_bfloat16(bench.device, bench.spec.training.precision) else "float32",
             "versions": {name: version(name) for name in ("torch", "timm", "pillow")},
         }

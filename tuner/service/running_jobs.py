@@ -111,24 +111,22 @@ class RunningJobs:
         self._carried |= {number: self.take_cost(worker, number) for number in numbers}
         return self.release(worker, numbers)
 
-    def lose(self, worker: Worker) -> Preparing | Training | None:
-        """Return what a dead worker was busy with, charged until now."""
-        job = self._jobs.pop(worker.number, None)
-        if isinstance(job, Training):
-            job.charge()
-        return job
-
-    def weigh(self, worker: Worker | None, job: Training) -> dict[int, float]:
-        """Return the device-seconds that a worker's job has charged each of its trials."""
-        slot = worker.slot if worker else None
-        return {number: self._clock.weigh(slot, job.spent.get(number, 0.0)) for number in job.members}
+    def lose(self, worker: Worker) -> tuple[Preparing | Training | None, dict[int, float]]:
+        """Return what a dead worker was busy with, and the device-seconds that each of its trials has taken."""
+        job = self._jobs.get(worker.number)
+        costs = {number: self.take_cost(worker, number) for number in job.members} if isinstance(job, Training) else {}
+        self._jobs.pop(worker.number, None)
+        return job, costs
 
     def count_costs(self, workers: Mapping[int, Worker]) -> dict[int, float]:
         """Return the device-seconds that all trials have taken which have not ended."""
         costs = dict(self._carried)
-        for number, job in self._list_training().items():
+        for worker_number, job in self._list_training().items():
             job.charge()
-            costs |= self.weigh(workers.get(number), job)
+            worker = workers.get(worker_number)
+            for number in job.members:
+                spent = self._clock.weigh(worker.slot if worker else None, job.spent.get(number, 0.0))
+                costs[number] = costs.get(number, 0.0) + spent
         return costs
 
     def _list_training(self) -> dict[int, Training]:

@@ -323,8 +323,9 @@ class SearchLoop:
         self._display.show(ActivityChanged(worker=worker.number, text=""))
         self._display.show(Noted(text=f"{message}; another one takes its place"))
         self._ready.discard(worker.number)
-        match self._running.lose(worker):
-            case Training(members=members, n_given=n_given) as job:
+        job, costs = self._running.lose(worker)
+        match job:
+            case Training(members=members, n_given=n_given):
                 loss = Loss(
                     message=message,
                     n_given=n_given,
@@ -334,7 +335,7 @@ class SearchLoop:
                 )
                 outcome = self._failures.blame(loss)
                 origin = self._book.origin(min(members))
-                for number, cost in self._running.weigh(worker, job).items():
+                for number, cost in costs.items():
                     self._book.tell(number, outcome, device_seconds=cost)
                     self._announce(worker, number, outcome, None)
                     self._files.note_end(kept=False)

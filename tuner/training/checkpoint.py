@@ -230,8 +230,13 @@ def _load(path: Path) -> Any:
 
 
 def _check_identity(content: dict[str, Any], identity: dict[str, Any]) -> None:
-    if content["identity"] != identity:
+    if _complete(content["identity"]) != _complete(identity):
         raise ValueError("it is of another recipe, other images, another kind of device or another version")
+
+
+def _complete(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity whose recipe names a precision: one from before there was a choice does not."""
+    return identity | {"params": {"precision": "auto", **identity.get("params", {})}}
 
 
 def _check_fit(model: nn.Module, state: dict[str, Any]) -> None:

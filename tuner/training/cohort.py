@@ -24,7 +24,16 @@ from tuner.training.schedule import lr_factor
 from tuner.training.stacked_optimizer import StackedOptimizer
 from tuner.trial import EpochResult, TrialParams
 
-_SHARED = ("backbone", "batch_size", "optimizer", "epochs", "class_weights", "augmentation_strength", "views")
+_SHARED = (
+    "backbone",
+    "batch_size",
+    "optimizer",
+    "epochs",
+    "class_weights",
+    "augmentation_strength",
+    "views",
+    "precision",
+)
 _SHARED_BY_VIEWS = ("view_seed", "horizontal_flip")
 _PART_BYTES = 128 << 20
 """Most that one gathered batch of some of the trials, or their logits of all validation images, may take."""

@@ -3,6 +3,7 @@
 import gc
 import random
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,6 +54,15 @@ def computes_in_bfloat16(device: torch.device, precision: Precision) -> bool:
         return False
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def lacks_bfloat16(cpu: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU is known to have no instructions for bfloat16: of those that Linux tells of."""
+    try:
+        flags = set(cpu.read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # the last is ARM's
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -60,6 +60,18 @@ def export(
     return export_model(tmp_path / "model", tmp_path / "out", form=form, **options)
 
 
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_graph_of_a_model_that_computes_in_bfloat16_says_that_it_does_not(tmp_path: Path, form: str) -> None:
+    """Its probabilities are not to the last digit those of ``tuner predict``."""
+    place = write_model(tmp_path / "model", backbone="test_resnet", image_size=SIDE)
+    manifest = json.loads((place / "model.json").read_text())
+    manifest["params"]["precision"] = "bfloat16"
+    (place / "model.json").write_text(json.dumps(manifest))
+    (note,) = export_model(place, tmp_path / "out", form=form).notes
+    assert "computes in float32" in note
+    assert export(tmp_path / "other", form).notes == ()
+
+
 def draw_image(width: int = 96, height: int = 64) -> Image.Image:
     """Return noise that is not square, and is resized to whole pixels."""
     generator = np.random.default_rng(0)

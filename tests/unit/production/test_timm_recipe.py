@@ -168,19 +168,20 @@ def test_seed_is_one_that_numpy_takes(example: tuple[nn.Module, Manifest]) -> No
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "is_rounded"),
+    ("precision", "provenance", "is_rounded"),
     [
-        ("auto", "cpu", False),
-        ("auto", "cuda:0", True),
-        ("float32", "cuda:0", False),
-        ("bfloat16", "cpu", True),
+        ("auto", {"device": "cpu"}, False),
+        ("auto", {"device": "cuda:0"}, True),
+        ("auto", {"device": "cuda:0", "computed_in": "float32"}, False),
+        ("float32", {"device": "cuda:0"}, False),
+        ("bfloat16", {"device": "cpu"}, True),
     ],
 )
 def test_precision_is_that_of_the_training(
-    example: tuple[nn.Module, Manifest], precision: str, device: str, is_rounded: bool
+    example: tuple[nn.Module, Manifest], precision: str, provenance: dict[str, str], is_rounded: bool
 ) -> None:
-    """By default that of the device that trained the model."""
+    """By default what the device that trained the model computed in."""
     model, manifest = example
-    manifest = replace(manifest, provenance={**manifest.provenance, "device": device})
+    manifest = replace(manifest, provenance={**manifest.provenance, **provenance})
     values = express((model, manifest), precision=precision).values
     assert (values.get("amp_dtype") == "bfloat16") is is_rounded

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests.unit.training.builders import make_params
-from tuner.service import running_jobs
 from tuner.service.messages import Prepare
 from tuner.service.running_jobs import Preparing, RunningJobs
 
@@ -70,8 +69,8 @@ def test_what_a_trial_took_before_it_was_given_back_stays_its_own(now: list[floa
     assert jobs.count_costs({}) == {3: 2.0, 4: 2.0}
     jobs.begin_training(SECOND, MEMBERS[:1])
     now.append(109.0)
+    assert jobs.count_costs({1: SECOND}) == {3: 3.0, 4: 2.0}
     assert jobs.take_cost(SECOND, 3) == 3.0
-    assert jobs.count_costs({1: SECOND}) == {3: 1.0, 4: 2.0}
 
 
 def test_what_a_lost_worker_was_busy_with_is_charged(now: list[float]) -> None:
@@ -79,10 +78,14 @@ def test_what_a_lost_worker_was_busy_with_is_charged(now: list[float]) -> None:
     jobs = make_jobs()
     jobs.begin_training(FIRST, MEMBERS)
     now.append(108.0)
-    job = jobs.lose(FIRST)
-    assert isinstance(job, running_jobs.Training)
-    assert jobs.weigh(FIRST, job) == {3: 2.0, 4: 2.0}
-    assert jobs.lose(FIRST) is None
+    assert jobs.lose(FIRST)[1] == {3: 2.0, 4: 2.0}
+    assert jobs.lose(FIRST) == (None, {})
+    jobs.begin_training(SECOND, MEMBERS[:1])
+    now.append(109.0)
+    jobs.take_back(SECOND, (3,))
+    jobs.begin_training(FIRST, MEMBERS[:1])
+    now.append(111.0)
+    assert jobs.lose(FIRST)[1] == {3: 2.0}
 
 
 def test_preparing_is_build_time_and_never_overdue(now: list[float]) -> None:
@@ -100,4 +103,4 @@ def test_preparing_is_build_time_and_never_overdue(now: list[float]) -> None:
     jobs.end_preparing(FIRST)
     assert clock.built == 2.0
     jobs.begin_preparing(FIRST, prepare)
-    assert isinstance(jobs.lose(FIRST), Preparing)
+    assert isinstance(jobs.lose(FIRST)[0], Preparing)

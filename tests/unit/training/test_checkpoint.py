@@ -158,6 +158,17 @@ def test_trial_may_be_interrupted_again_and_again(tmp_path: Path) -> None:
     assert find_differences(last.model, whole.model) == []
 
 
+def test_checkpoint_from_before_there_was_a_precision_is_used(tmp_path: Path) -> None:
+    """It is of a training by the default, and of no other."""
+    interrupt(tmp_path / "t.pt", make_job(), after=2)
+    rewrite(tmp_path / "t.pt", lambda content: content["identity"]["params"].pop("precision"))
+    job = make_job()
+    assert make_file(tmp_path / "t.pt", job).read(job.model) is not None
+    other, notes = make_job(precision="bfloat16"), list[str]()
+    assert make_file(tmp_path / "t.pt", other, note=notes.append).read(other.model) is None
+    assert "of another recipe" in notes[0]
+
+
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change what a checkpoint holds."""
     content = torch.load(path, weights_only=True)

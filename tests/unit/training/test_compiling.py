@@ -13,6 +13,7 @@ from tuner.training.checkpoint import CheckpointFile
 from tuner.training.compiling import Compiler, Run
 from tuner.training.dropout import start_dropout
 from tuner.training.loop import TrainingJob, train_epochs
+from tuner.trial import Precision
 
 from .builders import CPU, SIZE, copy_state, make_job, make_net
 
@@ -101,6 +102,15 @@ def make_other_gradients(model: Run) -> Run:
         return logits.detach() + 0.5 * (logits - logits.detach())
 
     return run
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiler_allows_the_rounding_of_the_precision_alone(precision: Precision) -> None:
+    """A hundredth is within bfloat16's rounding, and not within float32's."""
+    model, inputs = make_net().train(), torch.rand(8, 3, SIZE, SIZE)
+    compiler = Compiler(lambda _: None, make_other_logits)
+    found = compiler.compile_checked(model, model, inputs, "own", start_dropout(1, CPU), precision=precision)
+    assert (found is not None) is (precision == "bfloat16")
 
 
 def fail_to_compile(_: Run) -> Run:

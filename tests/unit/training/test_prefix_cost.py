@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tuner.models.layers import freeze_layers
@@ -47,3 +48,14 @@ def freeze(net: torch.nn.Module) -> torch.nn.Module:
     """Return a net whose stem is frozen."""
     freeze_layers(net, 2)
     return net
+
+
+def test_measure_cost_keeps_half_as_many_bytes_in_bfloat16() -> None:
+    """What a byte costs is timed once."""
+    net = freeze(make_net())
+    partition = partition_model(net, torch.zeros(3, 3, SIZE, SIZE))
+    exact, rounded = (
+        measure_cost(net, partition, make_images(), PREPROCESSING, CPU, precision=each).keep_seconds
+        for each in ("float32", "bfloat16")
+    )
+    assert rounded == pytest.approx(exact / 2)

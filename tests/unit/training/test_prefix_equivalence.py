@@ -19,9 +19,17 @@ from tuner.models.partition import Partition, build_bridge, partition_model
 from tuner.spec.sections import BackboneSection, DataSection, StudySection, StudySpec
 from tuner.spec.space import Choices
 from tuner.training.batches import build_normaliser, find_dtype
+from tuner.training.head_features import NotCacheable
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.metrics import Scores
-from tuner.training.prefix_maps import CachedPrefix, compute_maps, continue_maps, find_map_dtype, verify_partition
+from tuner.training.prefix_maps import (
+    CachedPrefix,
+    check_rounded,
+    compute_maps,
+    continue_maps,
+    find_map_dtype,
+    verify_partition,
+)
 from tuner.training.prepare import prepare_model
 from tuner.trial import EpochResult, TrialParams
 
@@ -172,6 +180,33 @@ def test_training_on_maps_kept_in_bfloat16_is_training_the_whole_model_in_it(nam
     assert on_maps == pytest.approx(rounded, rel=5e-3)
     assert rounded != list_losses(train(model, replace(params, precision="float32"), None))
     assert name not in CONVOLUTIONAL or on_maps == rounded
+
+
+class Cancelling(nn.Module):
+    """Adds a thousand to a convolution's output and takes it off again, of which bfloat16 leaves a few units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, N_CLASSES)
+        nn.init.constant_(self.get_parameter("stem.bias"), 1000.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.fc((self.stem(images) - 1000.0).relu().mean((2, 3)))
+        return logits
+
+
+def test_maps_that_bfloat16_does_not_hold_are_refused() -> None:
+    """Before any is kept; those of an ordinary model pass."""
+    params = make_deep_params(unfrozen_layers=1)
+    net = Cancelling().to(memory_format=torch.channels_last)
+    freeze_layers(net, 1)
+    partition = partition_model(net, take_inputs(3, torch.float32))
+    with pytest.raises(NotCacheable, match="not kept well enough in bfloat16"):
+        check_rounded(net, partition, TRAIN, PREPROCESSING, CPU, view=None)
+    frozen, partition = cut(prepare("resnet18", params).float(), params)
+    check_rounded(frozen, partition, TRAIN, PREPROCESSING, CPU, view=None)
 
 
 def list_losses(run: Run) -> list[float]:
