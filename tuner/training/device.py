@@ -3,6 +3,7 @@
 import gc
 import random
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,12 @@ def computes_in_bfloat16(device: torch.device, precision: Precision) -> bool:
     """
     if precision != "auto":
         return precision == "bfloat16"
-    if device.type != "cuda":
-        return False
+    return device.type == "cuda" and has_bfloat16_kernels(device)
+
+
+@cache  # every step asks
+def has_bfloat16_kernels(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bfloat16 by itself."""
     with torch.cuda.device(device):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 

@@ -1,12 +1,20 @@
 """Devices by name, and how they say that memory is out."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from tuner.errors import DeviceError
-from tuner.training.device import as_device, computes_in_bfloat16, is_out_of_memory, seed_everything
+from tuner.training.device import (
+    as_device,
+    computes_in_bfloat16,
+    has_bfloat16_kernels,
+    is_out_of_memory,
+    lacks_bfloat16,
+    seed_everything,
+)
 from tuner.trial import Precision
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -50,6 +58,7 @@ def test_computes_in_bfloat16_by_itself_where_cuda_has_kernels_for_it(
 ) -> None:
     """Older devices only emulate it, and torch counts that as support unless it is told otherwise."""
     device = torch.device("cuda", 0)
+    has_bfloat16_kernels.cache_clear()
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda *, including_emulation: including_emulation or has_kernels
@@ -57,6 +66,24 @@ def test_computes_in_bfloat16_by_itself_where_cuda_has_kernels_for_it(
     assert computes_in_bfloat16(device, "auto") is has_kernels
     assert computes_in_bfloat16(device, "bfloat16")
     assert not computes_in_bfloat16(device, "float32")
+    has_bfloat16_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flags", "lacks"),
+    [
+        ("flags : fpu sse4_2 avx512f amx_bf16", False),
+        ("flags : avx512_bf16", False),
+        ("Features : fp asimd bf16", False),
+        ("flags : fpu sse4_2 avx512f", True),
+    ],
+)
+def test_lacks_bfloat16_knows_the_instructions_by_linux_names(tmp_path: Path, flags: str, lacks: bool) -> None:
+    """Where no file tells, nothing is known to be missing."""
+    place = tmp_path / "cpuinfo"
+    assert not lacks_bfloat16(place)
+    place.write_text(f"processor : 0\n{flags}\n")
+    assert lacks_bfloat16(place) is lacks
 
 
 def test_seed_everything_repeats_the_global_draws() -> None:
