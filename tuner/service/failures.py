@@ -66,7 +66,7 @@ class FailureCount:
         self._study_name = study_name
         self._memory_kills = memory_kills or MemoryKills()
         self._failed: set[int] = set()
-        self._last = ""
+        self._end: SearchError | None = None
         self._n_idle_losses = 0
 
     def watch(self) -> None:
@@ -99,7 +99,8 @@ class FailureCount:
             self._n_idle_losses = 0
         elif outcome.reason is not Reason.COHORT_LOST:  # those are tried again by themselves first
             self._failed.add(origin)
-            self._last = outcome.message
+            if len(self._failed) == _MAX_FAILED_POINTS and self._end is None:
+                self._end = self._explain(outcome.message)
 
     def count_idle_loss(self, message: str) -> None:
         """Count a worker that was lost without a trial to blame.
@@ -115,13 +116,17 @@ class FailureCount:
         """Check that the search may go on.
 
         Raises:
-            SearchError: If five points failed in a row.
+            SearchError: If five points failed in a row, whatever has ended since: several trials may end in one turn.
         """
-        if len(self._failed) >= _MAX_FAILED_POINTS:
-            raise SearchError(
-                f"study {self._study_name!r}: {len(self._failed)} trials failed in a row; "
-                f"the last one: {self._last}; 'tuner show' has the tracebacks"
-            )
+        if self._end is not None:
+            raise self._end
+
+    def _explain(self, last: str) -> SearchError:
+        """Return the error for a run in which nothing works."""
+        return SearchError(
+            f"study {self._study_name!r}: {_MAX_FAILED_POINTS} trials failed in a row; "
+            f"the last one: {last}; 'tuner show' has the tracebacks"
+        )
 
 
 def explain_loss(message: str) -> SearchError:

@@ -31,6 +31,17 @@ def test_check_ends_a_run_in_which_five_points_fail_in_a_row() -> None:
         count_all(count, (4, fail()))
 
 
+@pytest.mark.parametrize("sixth", [fail(), COMPLETE], ids=["failed", "completed"])
+def test_check_counts_to_the_fifth_whatever_ends_in_the_same_turn(sixth: TrialOutcome) -> None:
+    """Two workers may answer at once: the run ends by the fifth failure all the same, and says so."""
+    count = FailureCount("pets")
+    for origin in range(5):
+        count.count(origin, fail())
+    count.count(5, sixth)
+    with pytest.raises(SearchError, match="study 'pets': 5 trials failed in a row; the last one: boom"):
+        count.check()
+
+
 def test_check_lets_points_be_tried_again() -> None:
     """Two points that kill their worker at every attempt are two, not six."""
     count = FailureCount("pets")
