@@ -11,12 +11,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import views
-from benchmarks.cases.step_overhead import one_thread
+from benchmarks.cases.step_overhead import make_random_job, one_thread
 from benchmarks.harness import Case
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE, empty_cache, find_folder
 
@@ -35,49 +36,13 @@ _RECIPES: tuple[dict[str, Any], ...] = ({"unfrozen_layers": 2, "lr": 1e-3}, {"un
 
 
 def make_job(backbone: str, precision: "Precision", size: int) -> "TrainingJob":
-    """Return a full fine-tuning of one epoch."""
-    import timm
-    import torch
-
-    from tuner.data.image_set import ImageSet
-    from tuner.models.backbone import Preprocessing
-    from tuner.models.layers import group_layers
-    from tuner.training.loop import TrainingJob
-    from tuner.trial import TrialParams
-
-    torch.manual_seed(0)
-    kwargs: dict[str, Any] = {"img_size": size} if backbone.startswith("vit") else {}
-    model = timm.create_model(backbone, num_classes=10, **kwargs)
+    """Return a full fine-tuning of one epoch, at a rate that random weights bear."""
+    kwargs = {"img_size": size} if backbone.startswith("vit") else {}
     n_images = _N_BATCHES * _BATCH_SIZE
-    pixels = torch.randint(0, 256, (n_images, 3, size, size), dtype=torch.uint8)
-    images = ImageSet(pixels=pixels, labels=torch.arange(n_images) % 10, n_classes=10, rows=torch.arange(n_images))
-    params = TrialParams(
-        backbone=backbone,
-        lr=1e-4,
-        batch_size=_BATCH_SIZE,
-        unfrozen_layers=len(group_layers(model)),
-        augmentation_strength=0.5,
-        optimizer="adamw",
-        weight_decay=0.01,
-        layer_decay=1.0,
-        label_smoothing=0.0,
-        dropout=0.0,
-        warmup_fraction=0.1,
-        momentum=0.9,
-        epochs=1,
-        horizontal_flip=True,
-        class_weights="none",
-        seed=0,
-        precision=precision,
+    job = make_random_job(
+        backbone, seed=0, size=size, n_images=n_images, n_val=n_images, batch_size=_BATCH_SIZE, **kwargs
     )
-    return TrainingJob(
-        model=model,
-        params=params,
-        train=images,
-        val=images,
-        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic"),
-        device=torch.device("cpu"),
-    )
+    return replace(job, params=replace(job.params, lr=1e-4, precision=precision))
 
 
 @cache

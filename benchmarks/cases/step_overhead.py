@@ -8,7 +8,7 @@ batches. Validation is not counted. The goal is 0.90.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import Case
 
@@ -34,6 +34,24 @@ def one_thread() -> Iterator[None]:
 
 def make_job(seed: int, *, smoke: bool) -> "TrainingJob":
     """Return a full fine-tuning of one epoch on resident random images."""
+    name, size, n_batches = ("test_resnet", 32, 2) if smoke else ("mobilenetv2_100", 96, 20)
+    return make_random_job(name, seed=seed, size=size, n_images=n_batches * BATCH_SIZE, n_val=10)
+
+
+def make_random_job(
+    backbone: str, *, seed: int, size: int, n_images: int, n_val: int, batch_size: int = BATCH_SIZE, **kwargs: Any
+) -> "TrainingJob":
+    """Return the same for any backbone and sizes.
+
+    Args:
+        backbone: A model of timm, with random weights.
+        seed: Of weights and images.
+        size: Of the images, in px.
+        n_images: To train on.
+        n_val: To validate on.
+        batch_size: Of the recipe.
+        **kwargs: For ``timm.create_model``.
+    """
     import timm
     import torch
 
@@ -44,18 +62,16 @@ def make_job(seed: int, *, smoke: bool) -> "TrainingJob":
     from tuner.trial import TrialParams
 
     torch.manual_seed(seed)
-    name, size, n_batches = ("test_resnet", 32, 2) if smoke else ("mobilenetv2_100", 96, 20)
-    model = timm.create_model(name, num_classes=10)
-    n_images = n_batches * BATCH_SIZE
+    model = timm.create_model(backbone, num_classes=10, **kwargs)
 
     def make_images(count: int) -> ImageSet:
         pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
         return ImageSet(pixels=pixels, labels=torch.arange(count) % 10, n_classes=10, rows=torch.arange(count))
 
     params = TrialParams(
-        backbone=name,
+        backbone=backbone,
         lr=1e-3,
-        batch_size=BATCH_SIZE,
+        batch_size=batch_size,
         unfrozen_layers=len(group_layers(model)),
         augmentation_strength=0.5,
         optimizer="adamw",
@@ -74,7 +90,7 @@ def make_job(seed: int, *, smoke: bool) -> "TrainingJob":
         model=model,
         params=params,
         train=make_images(n_images),
-        val=make_images(10),
+        val=make_images(n_val),
         preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic"),
         device=torch.device("cpu"),
     )
