@@ -1,7 +1,7 @@
 """Does the memory of a run stay flat as its pixels grow?
 
 ``tuner run`` trains a model that costs next to nothing on 256 MB and on 1 GB of decoded pixels, with one worker and
-fresh augmentation. Measured is the highest sum of RssAnon (memory that only swapping could free; the mapped pixels are
+fresh augmentation. Measured is the highest sum of Pss_Anon (memory that only swapping could free; the mapped pixels are
 not in it) over the run's processes. One more run of the larger data is then tried under a memory limit of half of it,
 where systemd can set one.
 """
@@ -53,7 +53,7 @@ def write_study(folder: Path, scale: int, *, smoke: bool) -> list[str]:
 
 
 def run_scale(scale: int, smoke: bool) -> float:
-    """Return the highest RssAnon of a run in MB, all its processes together."""
+    """Return the highest Pss_Anon of a run in MB, all its processes together."""
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         folder = Path(name)
         command = write_study(folder, scale, smoke=smoke)
@@ -85,12 +85,12 @@ def list_tree(pid: int) -> list[int]:
 
 
 def read_anonymous_bytes(pid: int) -> int:
-    """Return a process's RssAnon; 0 if it is gone."""
+    """Return a process's anonymous memory, with its share of what it has in common with others; 0 if it is gone."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
     except OSError:
         return 0
-    found = [line.split()[1] for line in text.splitlines() if line.startswith("RssAnon")]
+    found = [line.split()[1] for line in text.splitlines() if line.startswith("Pss_Anon:")]
     return 1024 * int(found[0]) if found else 0
 
 
@@ -131,7 +131,7 @@ def _run_quietly(command: list[str], changes: dict[str, str]) -> str:
 CASE = Case(
     name="memory",
     question="how much memory does a run hold, its mapped pixels aside, as its pixels grow from 256 MB to 1 GB?",
-    unit="MB of RssAnon",
+    unit="MB of Pss_Anon",
     baseline="256 MB of pixels",
     regression="more than 1.1x with four times the pixels",
     arms={

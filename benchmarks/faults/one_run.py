@@ -11,6 +11,7 @@ from typing import Self
 from benchmarks.faults.worker_log import COORDINATOR_VARIABLE, describe_end
 from tuner.errors import EXIT_SIGINT, EXIT_SIGTERM, TunerError
 from tuner.service.coordinator import run_study
+from tuner.service.pool import open_pool
 from tuner.service.progress import Event, Noted, TrialFinished
 from tuner.spec.study import load_spec
 
@@ -44,7 +45,9 @@ def main(study_file: str, url: str, worker_module: str, n_trials: str = "") -> i
         spec = load_spec(Path(study_file))
         if n_trials:
             spec = spec.model_copy(update={"search": spec.search.model_copy(update={"n_trials": int(n_trials)})})
-        status = run_study(spec, storage=url, n_workers=_N_WORKERS, display=Lines(), worker_module=worker_module)
+        status = run_study(
+            spec, storage=url, n_workers=_N_WORKERS, display=Lines(), pool=open_pool(spec, worker_module)
+        )
     except TunerError as error:
         print(f"error: {error}", flush=True)
         return error.exit_code

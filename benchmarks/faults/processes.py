@@ -20,6 +20,7 @@ from benchmarks.processes import describe_environment
 
 _GRACE_SECONDS = 8.0
 _FULL_BYTES = 4096
+_WORKER_NAME = b"tuner-worker\n"
 _RESUMED = re.compile(r"note: trial \d+ goes on after epoch \d+ ")
 
 
@@ -57,8 +58,15 @@ class Place:
 
     def list_workers(self) -> list[int]:
         """Return the pids of its workers."""
-        module = self.worker_module.encode()
-        return [pid for pid in self.list_processes() if module in _read(pid, "cmdline").split(b"\0")[:5]]
+        return [pid for pid in self.list_processes() if _read(pid, "comm") == _WORKER_NAME]
+
+    def list_fork_servers(self) -> list[int]:
+        """Return the pids of the processes that fork its workers."""
+        return [
+            pid
+            for pid in self.list_processes()
+            if b"tuner.service.fork_server" in _read(pid, "cmdline") and _read(pid, "comm") != _WORKER_NAME
+        ]
 
 
 class Run:
@@ -144,12 +152,13 @@ class Run:
             action: What to do.
             victim: Which worker, modulo their number.
         """
-        workers = sorted(self.place.list_workers())
-        if self.has_ended or ("worker" in action.kind and not workers):
+        is_server = action.kind == "kill fork server"
+        workers = sorted(self.place.list_fork_servers() if is_server else self.place.list_workers())
+        if self.has_ended or ((is_server or "worker" in action.kind) and not workers):
             return
         match action.kind:
-            case "kill worker" | "stop worker":
-                how = signal.SIGKILL if action.kind == "kill worker" else signal.SIGSTOP
+            case "kill worker" | "stop worker" | "kill fork server":
+                how = signal.SIGSTOP if action.kind == "stop worker" else signal.SIGKILL
                 _signal(workers[victim % len(workers)], how)
             case "kill coordinator" | "kill both":
                 for pid in (self.process.pid, *(workers if action.kind == "kill both" else ())):

@@ -7,7 +7,15 @@ from typing import Literal
 from benchmarks.faults.worker_log import Ticket
 
 Kind = Literal[
-    "kill worker", "kill coordinator", "kill both", "stop coordinator", "stop worker", "SIGTERM", "lock", "disk full"
+    "kill worker",
+    "kill fork server",
+    "kill coordinator",
+    "kill both",
+    "stop coordinator",
+    "stop worker",
+    "SIGTERM",
+    "lock",
+    "disk full",
 ]
 Damage = Literal["none", "WAL with garbage behind it", "torn WAL", "damaged cache"]
 LETHAL: tuple[Kind, ...] = ("kill coordinator", "kill both", "SIGTERM")
@@ -63,8 +71,8 @@ def _draw_ticket(source: random.Random) -> Ticket:
 
 
 def _draw_passing(source: random.Random, slowness: float) -> Action:
-    kinds: list[Kind] = ["kill worker", "stop coordinator", "stop worker", "lock", "disk full"]
-    kind = source.choices(kinds, (60, 8, 4, 16, 12))[0]
+    kinds: list[Kind] = ["kill worker", "kill fork server", "stop coordinator", "stop worker", "lock", "disk full"]
+    kind = source.choices(kinds, (48, 12, 8, 4, 16, 12))[0]
     is_early = source.random() < 0.2
     return Action(
         kind=kind,

@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def n_kills(self) -> int:
-        """SIGKILLs that struck: of a worker, of the coordinator, of both."""
+        """SIGKILLs that struck: of a worker, of the process that forks them, of the coordinator, of both."""
         return sum(count for kind, count in self.struck.items() if kind.startswith("kill "))
 
     def add(self, other: "Outcome") -> None:
@@ -241,6 +241,7 @@ def may_give_up(lines: Sequence[str], struck: Mapping[str, int]) -> bool:
     last = next((line for line in reversed(lines) if line.startswith("error: ")), "")
     if last.startswith("error: workers: must be able to start and prepare the study"):
         n_lost = sum(count for kind, count in struck.items() if "worker" in kind)
+        n_lost += 2 * struck.get("kill fork server", 0)  # both workers end with it
         # A busy machine may keep workers silent for longer than they may be, without any fault.
         return n_lost >= _N_LOSSES or any("said nothing for" in line for line in lines)
     if "trials failed in a row" in last:

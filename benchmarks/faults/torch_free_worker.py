@@ -15,7 +15,9 @@ from typing import Never
 
 from benchmarks.faults.worker_log import watch_line
 from tuner.paths import replacing
+from tuner.service import worker
 from tuner.service.messages import (
+    DataRead,
     Describe,
     Description,
     EpochDone,
@@ -28,7 +30,7 @@ from tuner.service.messages import (
     TrialDone,
     Verdict,
 )
-from tuner.service.worker import Line, main
+from tuner.service.worker import Line
 from tuner.spec.sections import StudySpec
 from tuner.trial import ClassReport, EpochResult, Reason, TrialOutcome, TrialParams, TrialState
 
@@ -47,6 +49,8 @@ def answer(line: Line) -> Never:
     assert isinstance(setup, Setup)
     spec = StudySpec.model_validate_json(setup.spec)
     line.start_pulse(spec.workers.stall_limit)
+    if setup.device == "none":
+        line.send(DataRead())
     line.send(Hello(cuda_devices=()))
     while True:
         match line.receive():
@@ -160,6 +164,11 @@ def _keep(verdict: Verdict) -> bool:
     return True
 
 
-if __name__ == "__main__":
+def main() -> Never:
+    """Run a worker that logs what it sends."""
     watch_line()
-    main(answer)
+    worker.main(answer)
+
+
+if __name__ == "__main__":
+    main()

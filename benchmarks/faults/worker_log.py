@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from tuner.service.messages import Alive, EpochDone, Message, Reply, Train, TrialDone
+from tuner.service.messages import Alive, DataRead, EpochDone, Hello, Message, Reply, Train, TrialDone
 from tuner.service.worker import Line
 from tuner.trial import TrialState
 
@@ -85,7 +85,7 @@ class WorkerLog:
             return
         time.sleep(ticket.delay_ms / 1000)
         coordinator = int(os.environ[COORDINATOR_VARIABLE])
-        if os.getppid() != coordinator:  # it is dead already, and its number may be another's
+        if _find_parent(os.getppid()) != coordinator:  # it is dead already, and its number may be another's
             return
         self.write(f"strike {ticket.victim} {moment}")
         if ticket.victim in {"coordinator", "both"}:
@@ -102,19 +102,29 @@ def describe_end(number: int, state: TrialState, value: float | None) -> str:
     return f"trial {number} ended {state.value} {shown}"
 
 
+def _find_parent(pid: int) -> int:
+    """Return a process's parent: a worker's is the process that forks them, and that one's is the coordinator."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def watch_line() -> None:
-    """Log what this worker process sends and receives, and draw a ticket for it."""
+    """Log what this worker process sends and receives, and draw a ticket for it when it is up."""
     # A disk that is full for the coordinator is not full for our logs.
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     logs, run = Path(os.environ[LOGS_VARIABLE]), os.environ[RUN_VARIABLE]
-    log = WorkerLog(path=logs / f"{run}-worker-{os.getpid()}.log", ticket=_draw_ticket())
+    log = WorkerLog(path=logs / f"{run}-worker-{os.getpid()}.log")
     send, receive = Line.send, Line.receive
 
     def logged_send(line: Line, /, reply: Reply) -> None:
-        if isinstance(reply, Alive):
+        if isinstance(reply, Alive | DataRead):
             send(line, reply)
             return
+        if isinstance(reply, Hello):
+            log.ticket = _draw_ticket()
         log.n_sent += 1
         log.note_reply(reply)
         log.strike("before")

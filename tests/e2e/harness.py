@@ -201,9 +201,7 @@ class Place:
         """Return the pids of this place's living workers."""
         mark = f"TUNER_CACHE_DIR={self.folder / 'cache'}".encode()
         return [
-            pid
-            for pid in _list_pids()
-            if b"tuner.service.worker" in _read(pid, "cmdline") and mark in _read(pid, "environ")
+            pid for pid in _list_pids() if _read(pid, "comm") == b"tuner-worker\n" and mark in _read(pid, "environ")
         ]
 
 
@@ -251,6 +249,11 @@ def wait_until(is_true: Callable[[], bool], *, timeout: float = 90) -> None:
 def kill(pid: int) -> None:
     """Kill a process as the kernel's out-of-memory killer does."""
     os.kill(pid, signal.SIGKILL)
+
+
+def read_parent(pid: int) -> int:
+    """Return the pid of a process's parent."""
+    return int(_read(pid, "stat").rpartition(b")")[2].split()[1])
 
 
 def _list_pids() -> list[int]:

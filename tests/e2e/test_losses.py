@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.e2e.harness import kill, make_place, wait_until
+from tests.e2e.harness import kill, make_place, read_parent, wait_until
 from tests.e2e.test_run import assert_is_whole, read_study
 
 
@@ -15,6 +15,20 @@ def test_worker_killed_before_the_first_trial_is_replaced(tmp_path: Path) -> Non
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert_is_whole(place, 2)
+    assert place.list_workers() == []
+
+
+def test_workers_that_end_with_the_process_that_forks_them_are_replaced(tmp_path: Path) -> None:
+    """Both trials are queued again, by one run that goes on with another such process."""
+    place = make_place(tmp_path, backbones=("own:slow",), n_trials=3, pruner="none")
+    process = place.start_run()
+    wait_until(lambda: place.count_trials("RUNNING") == 2)
+    (server,) = {read_parent(pid) for pid in place.list_workers()}
+    kill(server)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert output.count("the process that forks workers ended: killed by signal 9") >= 2
+    assert_is_whole(place, 3)
     assert place.list_workers() == []
 
 

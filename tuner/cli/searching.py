@@ -77,13 +77,16 @@ def run(  # noqa: PLR0917 - click passes each option
       tuner run studies/digits.toml
       tuner run studies/digits.toml --trials 100 --timeout 30m
     """
-    from tuner.service.coordinator import run_study
-    from tuner.service.progress import make_display
+    from tuner.service.pool import open_pool
     from tuner.spec.study import load_spec
 
     spec = _override(load_spec(study_file), trials, timeout)
-    display = make_display(quiet=quiet or as_json)
-    status = run_study(spec, storage=storage, n_workers=workers, display=display)
+    with open_pool(spec) as pool:  # loads torch while this process loads Optuna
+        from tuner.service.coordinator import run_study
+        from tuner.service.progress import make_display
+
+        display = make_display(quiet=quiet or as_json)
+        status = run_study(spec, storage=storage, n_workers=workers, display=display, pool=pool)
     again = ["run", str(study_file)]
     for option, value in (("--trials", trials), ("--timeout", timeout), ("--workers", workers), ("--storage", storage)):
         again += [] if value is None else [option, str(value)]

@@ -22,7 +22,7 @@ from tuner.search.studies import StoredStudy, find_best, find_changes, load_stor
 from tuner.search.study_facts import explain_damage
 from tuner.search.trial_book import TrialBook
 from tuner.search.warm_start import WarmRecipe, read_warm_recipes
-from tuner.service.pool import WORKER_MODULE, Pool
+from tuner.service.pool import Pool, open_pool
 from tuner.service.progress import ActivityChanged, Display, Noted, SilentDisplay
 from tuner.service.result import StudyStatus, is_finished, read_status
 from tuner.service.run_clock import RunClock, is_budget_spent
@@ -41,7 +41,7 @@ def run_study(
     storage: str | None = None,
     n_workers: int | None = None,
     display: Display | None = None,
-    worker_module: str = WORKER_MODULE,
+    pool: Pool | None = None,
 ) -> StudyStatus:
     """Run a study to its number of trials, resuming what the storage holds of it, and confirm its best if it says so.
 
@@ -50,7 +50,7 @@ def run_study(
         storage: SQLite URL; default: the spec's, ``TUNER_STORAGE``, or ``sqlite:///studies.db``.
         n_workers: Workers to start; default: one per CUDA device (times ``per_device``), or one per CPU core.
         display: What the user sees; default: nothing.
-        worker_module: As for ``Pool``.
+        pool: Of ``open_pool``, closed at the end; an earlier call loads what workers need while its caller does more.
 
     Returns:
         The study's status. Its ``stopped_by`` says whether a signal, the timeout or the budget ended the run early.
@@ -77,7 +77,7 @@ def run_study(
             warm_recipes=warm_recipes,
             display=shown,
             n_workers=n_workers,
-            worker_module=worker_module,
+            pool=pool,
             started=started,
         )
 
@@ -144,17 +144,13 @@ def _work(
     warm_recipes: Sequence[WarmRecipe] = (),
     display: Display,
     n_workers: int | None,
-    worker_module: str = WORKER_MODULE,
+    pool: Pool | None = None,
     started: float,
 ) -> StudyStatus:
     """Start workers on a study, and lead them through a run."""
-    with (
-        _hide_cuda(spec) as environment,
-        StopSignals() as signals,
-        Pool(environment, stall_limit=spec.workers.stall_limit, worker_module=worker_module) as pool,
-    ):
+    with pool or open_pool(spec) as workers, _hide_cuda(spec), StopSignals() as signals:
         display.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
-        scouted = scout_study(pool, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
+        scouted = scout_study(workers, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
         if scouted is None:
             raise KeyboardInterrupt if signals.received == "sigint" else SystemExit(EXIT_SIGTERM)
         display.show(ActivityChanged(worker=0, text=""))
@@ -166,7 +162,7 @@ def _work(
         book = TrialBook(stored, warm_recipes)
         files = RunFiles(url, spec.study.name, spec.study.objective, book)
         clock = RunClock(stored, scouted.slots, started=started)
-        loop = SearchLoop(stored, book, files, scouted, pool=pool, display=display, signals=signals, clock=clock)
+        loop = SearchLoop(stored, book, files, scouted, pool=workers, display=display, signals=signals, clock=clock)
         status = lead(StudyRun(stored, book, loop, clock, url=url, display=display))
     loop.tidy_up()
     return status
@@ -230,15 +226,15 @@ def _tidy_up(stored: StoredStudy, url: str) -> None:
 
 
 @contextmanager
-def _hide_cuda(spec: StudySpec) -> Iterator[dict[str, str]]:
-    """Keep the coordinator off the devices while the gp sampler computes with torch; yield what workers inherit."""
-    environment = dict(os.environ)
+def _hide_cuda(spec: StudySpec) -> Iterator[None]:
+    """Keep the coordinator off the devices while the gp sampler computes with torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if spec.search.sampler == "gp":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        yield environment
+        yield
     finally:
-        if "CUDA_VISIBLE_DEVICES" in environment:
-            os.environ["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"]
-        else:
+        if visible is None:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible

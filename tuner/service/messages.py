@@ -20,7 +20,8 @@ class Setup:
     spec: str
     """The checked spec as JSON."""
     device: str
-    """``cpu`` or ``cuda`` (the one device that the worker sees), or ``none`` for a worker that only describes."""
+    """``cpu`` or ``cuda`` (the one device that the worker sees), or ``none`` for a worker that only describes,
+    or only reads the data if it is asked for nothing more."""
     n_threads: int
     """Threads for decoding."""
 
@@ -91,6 +92,11 @@ class Verdict:
 
 
 # --- worker to coordinator ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRead:
+    """The worker has looked at the data, which can be used; the first thing that one without a device says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +230,8 @@ class Crashed:
 
 Request = Setup | Describe | Prepare | Probe | Train | Verdict
 Reply = (
-    Hello
+    DataRead
+    | Hello
     | Alive
     | Description
     | Note

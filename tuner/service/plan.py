@@ -7,7 +7,7 @@ from tuner.search.storage import find_database, resolve_url, use_storage
 from tuner.search.studies import check_stored
 from tuner.search.warm_start import read_warm_recipes
 from tuner.service.messages import Description
-from tuner.service.pool import Pool
+from tuner.service.pool import open_pool
 from tuner.service.scouting import collect_facts, scout_study
 from tuner.service.slots import Slot, count_devices
 from tuner.spec.durations import format_seconds, parse_budget
@@ -70,7 +70,7 @@ def make_plan(spec: StudySpec, *, storage: str | None = None, n_workers: int | N
     if spec.warm_start is not None:
         with use_storage(url) as opened:
             read_warm_recipes(opened, spec)
-    with Pool(stall_limit=spec.workers.stall_limit) as pool:
+    with open_pool(spec) as pool:
         scouted = scout_study(pool, spec, n_workers=n_workers, timed=True, starts_workers=False)
     assert scouted is not None  # noqa: S101 - nothing asked it to stop
     description, devices = scouted.description, [slot.device for slot in scouted.slots]

@@ -1,8 +1,7 @@
 """Worker processes: started, heard, and never left behind.
 
-A worker is ``python -m tuner.service.worker`` on a socket pair: no fork of a process that holds torch or SQLite, and
-no import of the caller's main module, so that a study runs from a script or a notebook alike. Its death is the end of
-its socket, and so is ours for it.
+A worker's end shows as the end of its socket, and so does ours to it. No fork of a process that holds SQLite or a
+device, and no import of the caller's main module, so that a study runs from a script or a notebook alike.
 """
 
 import fcntl
@@ -13,21 +12,22 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Self
+from functools import partial
+from typing import IO, Self
 
 from tuner.errors import ERRORS_BY_NAME
 from tuner.service.messages import Crashed, Refused, Reply, Request
-from tuner.service.slots import Slot, bind
+from tuner.service.processes import ForkServer, Process, describe_code, read_last_words, spawn
+from tuner.service.slots import Slot, ask_for_huge_pages, bind, expects_cpu
 from tuner.service.wire import Lines, encode
+from tuner.spec.sections import StudySpec
 
 WORKER_MODULE = "tuner.service.worker"
 _GRACE_SECONDS = 5.0
-_LAST_WORDS = 2000
 _MAX_LOG_BYTES = 16_000_000
 _SEND_SECONDS = 5
 _LONGEST_STEP_SECONDS = 1.0
@@ -36,7 +36,14 @@ _LONGEST_STEP_SECONDS = 1.0
 class Worker:
     """One worker process and the socket to it."""
 
-    def __init__(self, number: int, slot: Slot | None, environment: Mapping[str, str], module: str) -> None:
+    def __init__(self, number: int, slot: Slot | None, start: Callable[[socket.socket, IO[bytes]], Process]) -> None:
+        """Start it.
+
+        Args:
+            number: Of the worker, among those of a run.
+            slot: What it is bound to, if anything.
+            start: Starts its process, on its end of the socket and on a file for what it prints.
+        """
         self.number = number
         self.slot = slot
         self.last_heard = time.monotonic()
@@ -48,22 +55,13 @@ class Worker:
         # What a stopped worker does not read must not stop the coordinator as well.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
         with theirs:
-            self._process = subprocess.Popen(
-                # -P: a file of the working directory must not shadow a module of ours
-                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=_bind(slot, environment),
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                process_group=0,  # Ctrl-C in a terminal is for the coordinator alone
-            )
+            self._process = start(theirs, self._log)
         self._lines = Lines(self.connection)
 
     @property
-    def pid(self) -> int:
-        """The worker's process."""
-        return self._process.pid
+    def has_begun(self) -> bool:
+        """Whether its process is or was there; the server that is to fork it may still be loading."""
+        return self._process.pid is not None or self._process.returncode is not None
 
     def send(self, request: Request) -> None:
         """Send a request; a worker that is gone shows when it is next heard."""
@@ -95,16 +93,17 @@ class Worker:
         self._process.kill()
 
     def describe_end(self) -> str:
-        """Return how the process ended, with the last lines that it printed. Waits for its end."""
-        code = self._wait(time.monotonic() + _GRACE_SECONDS)
+        """Return how the process ended, with the last lines that it printed. Waits for its end; asked once."""
+        deadline = time.monotonic() + _GRACE_SECONDS
         if self._ended_for:
+            self.reap(deadline)
             return f"worker {self.number} {self._ended_for} and was ended"
+        code = self._wait(deadline)
+        words = read_last_words(self._log)
+        self._log.close()
         if code is None:
             return f"worker {self.number} hung up and cannot be killed"
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _LAST_WORDS))
-        words = self._log.read().decode(errors="replace").strip()
-        return f"worker {self.number} ended: {how}" + (f"; its last words: {words}" if words else "")
+        return f"worker {self.number} ended: {describe_code(code)}{words}"
 
     @property
     def was_killed(self) -> bool:
@@ -117,7 +116,12 @@ class Worker:
 
     def reap(self, deadline: float) -> None:
         """Wait for the process until a deadline on the monotonic clock, then kill it."""
-        self._wait(deadline)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(0)  # hears whether it has begun
+        if self.has_begun:
+            self._wait(deadline)
+        else:
+            self._process.kill()  # when it begins
         self._log.close()
 
     def _wait(self, deadline: float) -> int | None:
@@ -131,9 +135,9 @@ class Worker:
 
 
 def _bind(slot: Slot | None, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return a worker's environment; one without a slot sees the devices that the user sees."""
+    """Return what is different in a worker's environment; one without a slot sees the devices that the user sees."""
     if slot is None:
-        return {**environment, "OMP_NUM_THREADS": "1"}
+        return {}
     return {**bind(slot.device, environment), "OMP_NUM_THREADS": str(slot.n_threads)}
 
 
@@ -142,19 +146,20 @@ class Pool:
 
     def __init__(
         self,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str],
         *,
         stall_limit: float = math.inf,
         worker_module: str = WORKER_MODULE,
     ) -> None:
-        """Make an empty pool.
+        """Make an empty pool. What workers need is loaded from now on, beside what the caller does.
 
         Args:
-            environment: What workers inherit; default: this process's.
+            environment: What workers inherit.
             stall_limit: Seconds of silence after which a worker is ended and counts as gone.
-            worker_module: What a worker runs: another one speaks the same messages.
+            worker_module: What a worker runs: another one speaks the same messages. Its ``main`` takes the socket's
+                descriptor from the arguments; its ``preload``, if it has one, loads what workers share.
         """
-        self._environment = dict(os.environ if environment is None else environment)
+        self._environment = {**environment, "OMP_NUM_THREADS": "1"}
         self._stall_limit = stall_limit
         self._worker_module = worker_module
         self.workers: dict[int, Worker] = {}
@@ -163,22 +168,42 @@ class Pool:
         self._looked_at = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._n_started = 0
+        self._servers: list[ForkServer] = []
+        """The last one forks; the others are gone."""
+        self._start_server()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         workers = list(self.workers.values())
+        self.workers.clear()
         for worker in workers:
             worker.close()
         deadline = time.monotonic() + _GRACE_SECONDS
         for worker in workers:
             worker.reap(deadline)
+        for server in self._servers:
+            server.close()
         self._selector.close()
 
+    def _start_server(self) -> None:
+        server = ForkServer(self._environment, self._worker_module)
+        self._servers.append(server)
+        self._selector.register(server.connection, selectors.EVENT_READ, server)
+
     def start(self, slot: Slot | None) -> Worker:
-        """Start a worker; None starts one that is bound to no device."""
-        worker = Worker(self._n_started, slot, self._environment, self._worker_module)
+        """Start a worker that has loaded all it needs; None starts one that is bound to no device."""
+        if self._servers[-1].is_gone:
+            self._start_server()
+        return self._add(slot, partial(self._servers[-1].fork, _bind(slot, self._environment)))
+
+    def start_at_once(self) -> Worker:
+        """Start a worker that is bound to no device and has loaded nothing."""
+        return self._add(None, partial(spawn, self._worker_module, self._environment))
+
+    def _add(self, slot: Slot | None, start: Callable[[socket.socket, IO[bytes]], Process]) -> Worker:
+        worker = Worker(self._n_started, slot, start)
         self._n_started += 1
         self.workers[worker.number] = worker
         self._selector.register(worker.connection, selectors.EVENT_READ, worker)
@@ -224,21 +249,41 @@ class Pool:
             elif worker.number in self.workers:
                 yield worker, _check(reply)
 
-    def _hear(self, worker: Worker) -> Iterator[tuple[Worker, Reply | None]]:
+    def _hear(self, speaker: Worker | ForkServer) -> Iterator[tuple[Worker, Reply | None]]:
+        if isinstance(speaker, ForkServer):
+            speaker.hear()
+            if speaker.is_gone:
+                self._selector.unregister(speaker.connection)
+            return
         try:
-            for reply in worker.receive():
-                yield worker, reply
+            for reply in speaker.receive():
+                yield speaker, reply
         except EOFError:
-            self._drop(worker)
-            yield worker, None
+            self._drop(speaker)
+            speaker.close()
+            yield speaker, None
 
     def _end_stalled(self) -> list[Worker]:
         now = time.monotonic()
+        for worker in self.workers.values():
+            if not worker.has_begun:  # it cannot speak yet
+                worker.last_heard = now
         stalled = [worker for worker in self.workers.values() if now - worker.last_heard > self._stall_limit]
         for worker in stalled:
             worker.is_stalled = True
             self.end(worker, f"said nothing for {self._stall_limit:g} s (workers.stall_limit)")
         return stalled
+
+
+def open_pool(spec: StudySpec, worker_module: str = WORKER_MODULE) -> Pool:
+    """Make a pool for a study, and have what its workers need loaded from now on.
+
+    Args:
+        spec: The checked study file.
+        worker_module: As for ``Pool``.
+    """
+    environment = ask_for_huge_pages(os.environ) if expects_cpu(spec.workers) else os.environ
+    return Pool(environment, stall_limit=spec.workers.stall_limit, worker_module=worker_module)
 
 
 def _check(reply: Reply) -> Reply:

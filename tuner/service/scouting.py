@@ -1,4 +1,4 @@
-"""Before the first trial: one worker looks at the data, the backbones and the devices, while the others start."""
+"""Before the first trial: one worker looks at the data while torch loads, one at the backbones and the devices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from tuner.errors import SpecError
 from tuner.search.distributions import check_group_counts
 from tuner.search.study_facts import StudyFacts
 from tuner.service.failures import MAX_IDLE_LOSSES, explain_loss
-from tuner.service.messages import Describe, Description, Hello, Setup
+from tuner.service.messages import DataRead, Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker
 from tuner.service.slots import Slot, expects_cpu, list_slots, probes_sharing, usable_cores
 from tuner.spec.sections import StudySpec
@@ -83,7 +83,14 @@ class _Scouting:
         self.ready: set[int] = set()
         self.description: Description | None = None
         if expects_cpu(spec.workers):
-            self._start_workers(())  # torch takes them as long to load as it takes the scout
+            self._start_workers(())  # nobody need say what devices there are
+        self._reader: Worker | None = self._start_reader()
+
+    def _start_reader(self) -> Worker:
+        """Have the data looked at before torch is there: a mistake in it is said seconds sooner."""
+        reader = self._pool.start_at_once()
+        set_up(reader, self._spec, Slot(device="none", n_threads=usable_cores()))
+        return reader
 
     def _start_scout(self) -> Worker:
         scout = self._pool.start(None)
@@ -97,6 +104,8 @@ class _Scouting:
             match reply:
                 case None:
                     self._replace(worker)
+                case DataRead() if worker is self._reader:
+                    self._dismiss_reader()
                 case Hello() if worker is self._scout:
                     self._start_workers(reply.cuda_devices)
                 case Hello():
@@ -113,6 +122,8 @@ class _Scouting:
         self.ready.discard(worker.number)
         if worker.slot is not None:
             start_worker(self._pool, self._spec, worker.slot)
+        elif worker is self._reader:
+            self._reader = self._start_reader()
         else:
             self._scout = self._start_scout()
 
@@ -121,7 +132,7 @@ class _Scouting:
         slots = limit_slots(self._spec, list_slots(self._spec.workers, cuda_devices, n_workers=self._n_workers))
         if slots == self.slots:
             return
-        for worker in set(self._pool.workers.values()) - {self._scout}:
+        for worker in [worker for worker in self._pool.workers.values() if worker.slot is not None]:
             self.ready.discard(worker.number)
             self._pool.stop(worker)
         self.slots = slots
@@ -129,8 +140,14 @@ class _Scouting:
         for slot in slots[first:] if self._starts_workers else ():
             start_worker(self._pool, self._spec, slot)
 
+    def _dismiss_reader(self) -> None:
+        if self._reader is not None:
+            self._pool.stop(self._reader)
+            self._reader = None
+
     def dismiss(self) -> None:
         """Make the scout a worker of the CPU, which needs no binding; else end it, for it is bound to no device."""
+        self._dismiss_reader()
         if self.slots[0].device == "cpu":
             self._scout.slot = self.slots[0]
             self.ready.add(self._scout.number)

@@ -14,10 +14,6 @@ _CGROUP = Path("/sys/fs/cgroup")
 _GPU_DRIVERS = tuple(Path("/dev", name) for name in ("nvidiactl", "nvmap", "dxg", "kfd"))
 """What the drivers of GPUs show to programs: NVIDIA's, its boards', WSL's, AMD's."""
 
-_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Has a process of the GNU C library ask Linux for pages of 2 MB (``madvise``) in place of 4 KB, tens of thousands of
-which a training step on a CPU touches. Other C libraries, and glibc before 2.35, pass it over."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
@@ -115,18 +111,26 @@ def _choose_devices(workers: WorkersSection, n_cuda: int) -> tuple[str, ...]:
 
 
 def bind(device: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment that shows a worker its own device and no other.
+    """Return what is to stand in a worker's environment for it to see its own device and no other.
 
     Args:
         device: A slot's device.
-        environment: What to start from. A ``CUDA_VISIBLE_DEVICES`` in it is what ``cuda:N`` counts in.
+        environment: What it has. A ``CUDA_VISIBLE_DEVICES`` in it is what ``cuda:N`` counts in.
     """
     if device == "cpu":
-        return {**_HUGE_PAGES, **environment, "CUDA_VISIBLE_DEVICES": ""}
+        return {"CUDA_VISIBLE_DEVICES": ""}
     number = int(device.partition(":")[2])
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    chosen = visible.split(",")[number].strip() if visible else str(number)
-    return {**environment, "CUDA_VISIBLE_DEVICES": chosen}
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number].strip() if visible else str(number)}
+
+
+def ask_for_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which the GNU C library asks Linux for pages of 2 MB, unless the user tunes it already.
+
+    A training step on a CPU touches tens of thousands of the 4 KB that are usual. Other C libraries, and glibc before
+    2.35, pass it over.
+    """
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **environment}
 
 
 def count_sharing(slots: Sequence[Slot], device: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from tuner.service.messages import (
     Alive,
     Crashed,
+    DataRead,
     Describe,
     Description,
     EpochDone,
@@ -39,6 +40,7 @@ _KINDS: dict[str, type[Message]] = {
         Probe,
         Train,
         Verdict,
+        DataRead,
         Hello,
         Alive,
         Description,

@@ -29,7 +29,7 @@ class Workbench:
         self, spec: StudySpec, data: StudyData, *, device: str, n_threads: int, note: Callable[[str], None]
     ) -> None:
         self.spec, self.data, self.n_threads, self.note = spec, data, n_threads, note
-        self.device = _take_device(device)
+        self.device = _take_device(device, n_threads)
         self.compiler = Compiler(note) if spec.workers.torch_compile else None
         """Of all trials that train on images."""
         self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
@@ -123,7 +123,7 @@ def list_cuda_devices() -> tuple[str, ...]:
     return tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
 
 
-def _take_device(kind: str) -> torch.device:
+def _take_device(kind: str, n_threads: int) -> torch.device:
     """Return the worker's device; on CUDA the one that it was bound to, and the only one that it may see.
 
     Raises:
@@ -134,4 +134,5 @@ def _take_device(kind: str) -> torch.device:
         return torch.device("cpu")
     if (n_visible := torch.cuda.device_count()) != 1:
         raise DeviceError(f"workers.devices: a worker must see its own CUDA device alone, got {n_visible} devices")
+    torch.set_num_threads(n_threads)
     return torch.device("cuda", 0)

@@ -1,7 +1,7 @@
 """One worker process: trains what the coordinator sends. Sees torch, never Optuna and never the storage.
 
-``python -m tuner.service.worker FD`` with one end of a socket pair. A thread reads the socket; when the coordinator is
-gone it ends the process at once, whatever is being computed.
+Forked where torch is loaded already, or by itself as ``python -m tuner.service.worker FD``, with one end of a socket
+pair. A thread reads the socket; when the coordinator is gone it ends the process at once, whatever is being computed.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ from tuner.errors import TunerError
 from tuner.service.messages import (
     Alive,
     Crashed,
+    DataRead,
     Describe,
     EpochDone,
     Hello,
@@ -35,11 +36,14 @@ from tuner.service.messages import (
     Train,
     Verdict,
 )
+from tuner.service.study_data import read_study_data
 from tuner.service.wire import Lines, encode
 from tuner.spec.sections import StudySpec
 
+PROCESS_NAME = "tuner-worker"
+"""What ``ps -o comm`` and ``top`` show."""
 _MAX_PULSE_SECONDS = 5.0
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 class Line:
@@ -106,13 +110,12 @@ def serve(line: Line) -> Never:
         raise TypeError(f"expected the setup, got {setup}")
     spec = StudySpec.model_validate_json(setup.spec)
     line.start_pulse(spec.workers.stall_limit)
-    if setup.device != "none":
-        # While the first worker reads the images, whose content hash this one then finds.
-        import tuner.service.training_session  # noqa: F401
-    # The first worker: mistakes in the data show before torch, which takes seconds to load.
-    from tuner.service.study_data import read_study_data
-
     data = read_study_data(spec)
+    waiting: list[Message] = []
+    if setup.device == "none":
+        line.send(DataRead())
+        # Who is only to read the data waits here, before torch, which takes seconds to load if it is not there.
+        waiting.append(line.receive())
     from tuner.service.describing import describe_study
     from tuner.service.training_session import TrainingSession
     from tuner.service.workbench import Workbench, list_cuda_devices
@@ -121,21 +124,28 @@ def serve(line: Line) -> Never:
     session = TrainingSession(bench, line)
     line.send(Hello(cuda_devices=list_cuda_devices()))
     while True:
-        match line.receive():
+        request = waiting.pop() if waiting else line.receive()
+        match request:
             case Describe(timed=timed):
                 line.send(describe_study(spec, data, timed=timed))
-            case Prepare() as request:
+            case Prepare():
                 session.check_data(request.data_hash)
                 session.prepare(request.backbone)
                 line.send(Prepared(backbone=request.backbone))
-            case Probe() as request:
+            case Probe():
                 session.check_data(request.data_hash)
                 line.send(session.probe(request))
-            case Train() as request:
+            case Train():
                 session.check_data(request.data_hash)
                 session.train(request)
             case unexpected:
                 raise TypeError(f"unexpected request: {unexpected}")
+
+
+def preload() -> None:
+    """Load what describing and training need, seconds of it, where workers are forked from."""
+    import tuner.service.describing
+    import tuner.service.training_session  # noqa: F401
 
 
 def main(answer: Callable[[Line], Never] = serve) -> Never:
@@ -145,7 +155,9 @@ def main(answer: Callable[[Line], Never] = serve) -> Never:
         answer: Answers the coordinator for ever; another one trains in its own way.
     """
     # The thread that sees the coordinator's end cannot do so while this process is stopped or held up in C.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(_PR_SET_NAME, PROCESS_NAME.encode())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
     sys.path.append(str(Path.cwd()))  # a user's own backbone; last, so that it shadows nothing
     line = Line(socket.socket(fileno=int(sys.argv[1])))

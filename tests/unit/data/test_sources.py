@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from tuner.data.sources import SOURCES, read_digits, read_index
 from tuner.spec.sections import DataSection
@@ -69,6 +70,18 @@ def test_read_digits_scales_pixels_to_8_bit(tmp_path: Path) -> None:
     with index.open_image(0) as image:
         assert image.mode == "L"
         assert image.getextrema() == (0, 239)  # 15 of 16
+
+
+def test_read_digits_reads_what_scikit_learn_does(tmp_path: Path) -> None:
+    """It reads the file that comes with scikit-learn, without loading scikit-learn."""
+    digits = load_digits()
+    index = read_digits(write_source(tmp_path, "digits"))
+    assert index.classes == tuple(map(str, digits.target_names))
+    np.testing.assert_array_equal(index.labels, digits.target)
+    for row in range(len(digits.images)):
+        np.testing.assert_array_equal(
+            np.asarray(index.open_image(row)), np.rint(digits.images[row] * (255 / 16)).astype(np.uint8)
+        )
 
 
 def test_sources_load_no_torch() -> None:

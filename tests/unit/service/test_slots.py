@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from tuner.errors import DeviceError
-from tuner.service.slots import Slot, bind, expects_cpu, list_slots, probes_sharing, share_slots, usable_cores
+from tuner.service.slots import (
+    Slot,
+    ask_for_huge_pages,
+    bind,
+    expects_cpu,
+    list_slots,
+    probes_sharing,
+    share_slots,
+    usable_cores,
+)
 from tuner.spec.sections import WorkersSection
 
 
@@ -100,15 +109,13 @@ def test_device_that_does_not_exist_is_refused() -> None:
 def test_bind_counts_in_what_the_user_made_visible(visible: str | None, device: str, expected: str) -> None:
     """cuda:N is the N-th of the user's CUDA_VISIBLE_DEVICES."""
     environment = {"HOME": "/"} if visible is None else {"HOME": "/", "CUDA_VISIBLE_DEVICES": visible}
-    bound = bind(device, environment)
-    assert (bound["HOME"], bound["CUDA_VISIBLE_DEVICES"]) == ("/", expected)
+    assert bind(device, environment) == {"CUDA_VISIBLE_DEVICES": expected}
 
 
-def test_bind_asks_for_huge_pages_on_the_cpu_unless_the_user_tunes_glibc() -> None:
-    """A GPU's worker leaves the large blocks to the device."""
-    assert bind("cpu", {}) == {"CUDA_VISIBLE_DEVICES": "", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    assert bind("cpu", {"GLIBC_TUNABLES": "own"})["GLIBC_TUNABLES"] == "own"
-    assert "GLIBC_TUNABLES" not in bind("cuda:0", {})
+def test_huge_pages_are_asked_for_unless_the_user_tunes_glibc() -> None:
+    """The user's own word counts."""
+    assert ask_for_huge_pages({"HOME": "/"}) == {"HOME": "/", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert ask_for_huge_pages({"GLIBC_TUNABLES": "own"}) == {"GLIBC_TUNABLES": "own"}
 
 
 @pytest.mark.parametrize(
