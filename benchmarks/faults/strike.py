@@ -240,8 +240,7 @@ def may_give_up(lines: Sequence[str], struck: Mapping[str, int]) -> bool:
     """
     last = next((line for line in reversed(lines) if line.startswith("error: ")), "")
     if last.startswith("error: workers: must be able to start and prepare the study"):
-        n_lost = sum(count for kind, count in struck.items() if "worker" in kind)
-        n_lost += 2 * struck.get("kill fork server", 0)  # both workers end with it
+        n_lost = sum(count for kind, count in struck.items() if "worker" in kind or "server" in kind)
         # A busy machine may keep workers silent for longer than they may be, without any fault.
         return n_lost >= _N_LOSSES or any("said nothing for" in line for line in lines)
     if "trials failed in a row" in last:

@@ -24,10 +24,13 @@ def test_workers_that_end_with_the_process_that_forks_them_are_replaced(tmp_path
     process = place.start_run()
     wait_until(lambda: place.count_trials("RUNNING") == 2)
     (server,) = {read_parent(pid) for pid in place.list_workers()}
+    assert len(list(Path(f"/proc/{server}/task").iterdir())) == 1, "no thread may hold a lock while it forks"
     kill(server)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert output.count("the process that forks workers ended: killed by signal 9") >= 2
+    reasons = [trial.user_attrs.get("reason") for trial in read_study(place).get_trials(deepcopy=False)]
+    assert sorted(map(str, reasons)) == ["None", "None", "None", "interrupted", "interrupted"]
     assert_is_whole(place, 3)
     assert place.list_workers() == []
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from optuna.storages import RDBStorage
 
@@ -50,7 +50,7 @@ def run_study(
         storage: SQLite URL; default: the spec's, ``TUNER_STORAGE``, or ``sqlite:///studies.db``.
         n_workers: Workers to start; default: one per CUDA device (times ``per_device``), or one per CPU core.
         display: What the user sees; default: nothing.
-        pool: Of ``open_pool``, closed at the end; an earlier call loads what workers need while its caller does more.
+        pool: Of ``open_pool``, closed at the end; opened early, it loads what workers need while its caller does more.
 
     Returns:
         The study's status. Its ``stopped_by`` says whether a signal, the timeout or the budget ended the run early.
@@ -63,7 +63,7 @@ def run_study(
     """
     url = resolve_url(storage, spec.study.storage)
     started = time.monotonic()
-    with display or SilentDisplay() as shown, _open_alone(url, spec.study.name, shown) as opened:
+    with pool or nullcontext(), display or SilentDisplay() as shown, _open_alone(url, spec.study.name, shown) as opened:
         patience = _be_patient(url, shown)
         if (finished := patience.keep_trying(lambda: _find_finished(opened, spec, patience))) is not None:
             _tidy_up(finished, url)
@@ -148,7 +148,7 @@ def _work(
     started: float,
 ) -> StudyStatus:
     """Start workers on a study, and lead them through a run."""
-    with pool or open_pool(spec) as workers, _hide_cuda(spec), StopSignals() as signals:
+    with StopSignals() as signals, pool or open_pool(spec) as workers, _hide_cuda(spec):
         display.show(ActivityChanged(worker=0, text="looking at the data and the backbones"))
         scouted = scout_study(workers, spec, n_workers=n_workers, must_stop=lambda: signals.received is not None)
         if scouted is None:

@@ -10,8 +10,8 @@ from tuner.errors import SearchError
 from tuner.trial import Reason, TrialOutcome, TrialState
 
 _MAX_FAILED_POINTS = 5
-MAX_IDLE_LOSSES = 3
-"""Workers that may be lost in a row without a trial to blame."""
+_MAX_IDLE_LOSSES = 3
+"""Losses of workers in a row, without a trial to blame, that end a run."""
 _JUST_NOW_SECONDS = 5.0
 _KERNEL_COUNTERS = Path("/proc/vmstat")
 
@@ -30,6 +30,8 @@ class Loss:
     """Whether it was ended because it hung."""
     is_overdue: bool = False
     """Whether it was ended because its time was over."""
+    is_orphan: bool = False
+    """Whether it ended with the process that had forked it."""
 
 
 class MemoryKills:
@@ -67,7 +69,7 @@ class FailureCount:
         self._memory_kills = memory_kills or MemoryKills()
         self._failed: set[int] = set()
         self._end: SearchError | None = None
-        self._n_idle_losses = 0
+        self._idle_losses: list[object] = []
 
     def watch(self) -> None:
         """Look at what else the machine does; to be called at every turn."""
@@ -84,6 +86,8 @@ class FailureCount:
         if loss.is_overdue:
             outcome = TrialOutcome(state=TrialState.PRUNED, reason=Reason.TIME_LIMIT, message=loss.message)
             return _blame_one(loss, outcome)
+        if loss.is_orphan:  # no trial did that
+            return TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message=loss.message)
         reason = Reason.STALLED if loss.is_stalled else Reason.WORKER_LOST
         return TrialOutcome(state=TrialState.FAIL, reason=reason, message=loss.message)
 
@@ -96,21 +100,26 @@ class FailureCount:
         """
         if outcome.state is not TrialState.FAIL:
             self._failed.clear()
-            self._n_idle_losses = 0
+            self._idle_losses.clear()
         elif outcome.reason is not Reason.COHORT_LOST:  # those are tried again by themselves first
             self._failed.add(origin)
             if len(self._failed) == _MAX_FAILED_POINTS and self._end is None:
                 self._end = self._explain(outcome.message)
 
-    def count_idle_loss(self, message: str) -> None:
-        """Count a worker that was lost without a trial to blame.
+    def count_idle_loss(self, cause: object, message: str) -> None:
+        """Count what ended a worker without a trial to blame.
+
+        Args:
+            cause: Counts once, however many workers it ended.
+            message: How the worker ended.
 
         Raises:
             SearchError: If it is the third since a trial ended well.
         """
-        self._n_idle_losses += 1
-        if self._n_idle_losses >= MAX_IDLE_LOSSES:
-            raise explain_loss(message)
+        if cause not in self._idle_losses:
+            self._idle_losses.append(cause)
+        if len(self._idle_losses) >= _MAX_IDLE_LOSSES:
+            raise SearchError(f"workers: must be able to start and prepare the study, but {message}")
 
     def check(self) -> None:
         """Check that the search may go on.
@@ -127,11 +136,6 @@ class FailureCount:
             f"study {self._study_name!r}: {_MAX_FAILED_POINTS} trials failed in a row; "
             f"the last one: {last}; 'tuner show' has the tracebacks"
         )
-
-
-def explain_loss(message: str) -> SearchError:
-    """Return the error for workers that end without a trial to blame."""
-    return SearchError(f"workers: must be able to start and prepare the study, but {message}")
 
 
 def _blame_one(loss: Loss, outcome: TrialOutcome) -> TrialOutcome:

@@ -2,7 +2,7 @@
 
 ``python -m tuner.service.fork_server FD MODULE`` with one end of a socket pair and a worker's module, whose ``preload``
 is run here, if it has one, and whose ``main`` in each worker. It has one thread, opens no file of a user's and touches
-no device: what is forked could use none after that.
+no device: no process that it forks could use a device that it has touched.
 """
 
 import array
@@ -10,6 +10,7 @@ import ctypes
 import gc
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -17,7 +18,6 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Never
@@ -57,6 +57,8 @@ class Channel:
             raise EOFError from error
         if not chunk:
             raise EOFError
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
         self._descriptors.extend(descriptors)  # they come with the first byte of their line, or before it
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         received = []
@@ -89,6 +91,7 @@ class _Server:
                     os.close(log)
 
     def _fork(self, number: int, environment: Mapping[str, str], connection: int, log: int) -> None:
+        own_pid = os.getpid()
         try:
             process = os.fork()
         except OSError as error:  # no memory, or too many processes
@@ -96,15 +99,18 @@ class _Server:
             self._channel.send({"number": number, "code": 1})
             return
         if process == 0:
-            self._become_worker(environment, connection, log)
+            self._become_worker(own_pid, environment, connection, log)
         descriptor = os.pidfd_open(process)
         self._workers[descriptor] = number, process
         self._selector.register(descriptor, selectors.EVENT_READ)
         self._channel.send({"number": number, "pid": process}, [descriptor])
 
-    def _become_worker(self, environment: Mapping[str, str], connection: int, log: int) -> Never:
+    def _become_worker(self, parent: int, environment: Mapping[str, str], connection: int, log: int) -> Never:
         """Be a worker from here on, as if it had been started with the environment."""
         try:
+            _end_with_parent()
+            if os.getppid() != parent:  # it has ended already
+                os._exit(1)
             os.setpgid(0, 0)  # Ctrl-C in a terminal is for the coordinator alone
             self._selector.close()
             self._channel.connection.close()
@@ -112,6 +118,7 @@ class _Server:
                 os.close(descriptor)
             for stream in (1, 2):
                 os.dup2(log, stream)
+            os.close(log)
             os.environ.update(environment)
             sys.argv = [str(self._module.__file__), str(connection)]
             gc.enable()
@@ -129,19 +136,32 @@ class _Server:
         self._channel.send({"number": number, "code": os.waitstatus_to_exitcode(status)})
 
 
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, 0)  # the end of the other side is told all the same
+    return bool(poll.poll(0))
+
+
 def main() -> Never:
     """Serve the coordinator whose socket is the first argument, with workers of the module that is the second."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # and with this process go its workers
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, nobody could wait for a worker
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    if _has_hung_up(connection):  # before this process asked to end with it
+        os._exit(0)
     module = import_module(sys.argv[2])
     gc.disable()  # a third of the time that imports take
-    with suppress(Exception):  # each worker meets it as well, and says so
-        if hasattr(module, "preload"):
-            module.preload()
+    if hasattr(module, "preload"):
+        module.preload()
     gc.freeze()  # no collection in a worker looks at what was loaded here, nor copies its pages
     try:
-        _Server(Channel(socket.socket(fileno=int(sys.argv[1]))), module).serve()
-    except (EOFError, OSError):
+        _Server(Channel(connection), module).serve()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # the coordinator is gone
 
 

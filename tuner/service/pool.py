@@ -21,7 +21,15 @@ from typing import IO, Self
 
 from tuner.errors import ERRORS_BY_NAME
 from tuner.service.messages import Crashed, Refused, Reply, Request
-from tuner.service.processes import ForkServer, Process, describe_code, read_last_words, spawn
+from tuner.service.processes import (
+    SEND_SECONDS,
+    ForkedProcess,
+    ForkServer,
+    Process,
+    describe_code,
+    read_last_words,
+    spawn,
+)
 from tuner.service.slots import Slot, ask_for_huge_pages, bind, expects_cpu
 from tuner.service.wire import Lines, encode
 from tuner.spec.sections import StudySpec
@@ -29,8 +37,9 @@ from tuner.spec.sections import StudySpec
 WORKER_MODULE = "tuner.service.worker"
 _GRACE_SECONDS = 5.0
 _MAX_LOG_BYTES = 16_000_000
-_SEND_SECONDS = 5
 _LONGEST_STEP_SECONDS = 1.0
+_LOADING_SECONDS = 120.0
+"""Least silence of the process that forks workers, while one is waited for, that ends it: it loads from a disk."""
 
 
 class Worker:
@@ -53,7 +62,7 @@ class Worker:
         fcntl.fcntl(self._log, fcntl.F_SETFL, os.O_APPEND)  # so that it can be cut short while the worker writes
         self.connection, theirs = socket.socketpair()
         # What a stopped worker does not read must not stop the coordinator as well.
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
         with theirs:
             self._process = start(theirs, self._log)
         self._lines = Lines(self.connection)
@@ -68,7 +77,7 @@ class Worker:
         try:
             self.connection.sendall(encode(request))
         except BlockingIOError:
-            self.end(f"took no message for {_SEND_SECONDS} s")
+            self.end(f"took no message for {SEND_SECONDS} s")
         except OSError:
             return
 
@@ -104,6 +113,11 @@ class Worker:
         if code is None:
             return f"worker {self.number} hung up and cannot be killed"
         return f"worker {self.number} ended: {describe_code(code)}{words}"
+
+    @property
+    def cause_of_end(self) -> object:
+        """What has to be blamed for the end of this worker: itself, or the process that had forked it and others."""
+        return (isinstance(self._process, ForkedProcess) and self._process.orphaned_by) or self
 
     @property
     def was_killed(self) -> bool:
@@ -181,11 +195,13 @@ class Pool:
         for worker in workers:
             worker.close()
         deadline = time.monotonic() + _GRACE_SECONDS
-        for worker in workers:
-            worker.reap(deadline)
-        for server in self._servers:
-            server.close()
-        self._selector.close()
+        try:
+            for worker in workers:
+                worker.reap(deadline)
+        finally:  # Ctrl-C once more
+            for server in self._servers:
+                server.close()
+            self._selector.close()
 
     def _start_server(self) -> None:
         server = ForkServer(self._environment, self._worker_module)
@@ -254,6 +270,7 @@ class Pool:
             speaker.hear()
             if speaker.is_gone:
                 self._selector.unregister(speaker.connection)
+                speaker.close()
             return
         try:
             for reply in speaker.receive():
@@ -268,6 +285,9 @@ class Pool:
         for worker in self.workers.values():
             if not worker.has_begun:  # it cannot speak yet
                 worker.last_heard = now
+        limit = max(self._stall_limit, _LOADING_SECONDS)
+        if self._servers[-1].silent_seconds > limit:
+            self._servers[-1].end(f"forked no worker for {limit:g} s")
         stalled = [worker for worker in self.workers.values() if now - worker.last_heard > self._stall_limit]
         for worker in stalled:
             worker.is_stalled = True
@@ -277,6 +297,8 @@ class Pool:
 
 def open_pool(spec: StudySpec, worker_module: str = WORKER_MODULE) -> Pool:
     """Make a pool for a study, and have what its workers need loaded from now on.
+
+    All its processes end with the thread that makes it.
 
     Args:
         spec: The checked study file.

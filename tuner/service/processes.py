@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from tuner.service.fork_server import Channel
 
 _SERVER_MODULE = "tuner.service.fork_server"
 _GRACE_SECONDS = 5.0
+SEND_SECONDS = 5
+"""How long the coordinator waits for a process to take a message."""
 _LAST_WORDS = 2000
 
 
@@ -67,6 +70,13 @@ def read_last_words(log: IO[bytes]) -> str:
     return f"; its last words: {words}" if words else ""
 
 
+def _can_read(descriptor: int, seconds: float) -> bool:
+    """Wait until a descriptor can be read, or so many seconds; return whether it can."""
+    poll = select.poll()  # select takes no descriptor above 1023
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
+
+
 def describe_code(code: int) -> str:
     """Return how a process ended, by its exit code."""
     return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
@@ -81,6 +91,8 @@ class ForkedProcess:
         self._is_unwanted = False
         self.pid: int | None = None
         self.returncode: int | None = None
+        self.orphaned_by: ForkServer | None = None
+        """The server, if this process ended because that one did."""
 
     def begin(self, pid: int, descriptor: int) -> None:
         """Take its number, and the descriptor that stands for it: the number could be another's once it has ended."""
@@ -99,7 +111,8 @@ class ForkedProcess:
         """End it, now that its server is gone and nobody says how it ended; the kernel does so as well."""
         self.kill()
         if self._descriptor is not None:
-            select.select([self._descriptor], [], [], _GRACE_SECONDS)
+            _can_read(self._descriptor, _GRACE_SECONDS)
+        self.orphaned_by = self._server
         self.end(1)
 
     def kill(self) -> None:
@@ -110,12 +123,21 @@ class ForkedProcess:
                 signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
 
     def wait(self, timeout: float) -> int:
-        """Wait for its end; return its code, which is 1 where the server went first."""
+        """Wait for its end; return its code, which is 1 where the server went first.
+
+        Raises:
+            subprocess.TimeoutExpired: If it lives on after so many seconds.
+        """
         deadline = time.monotonic() + timeout
         while self.returncode is None:
             if not self._server.listen(max(0.0, deadline - time.monotonic())):
-                raise subprocess.TimeoutExpired(_SERVER_MODULE, timeout)
+                if not self._has_ended():
+                    raise subprocess.TimeoutExpired(_SERVER_MODULE, timeout)
+                self._server.end("did not say that a worker had ended")
         return self.returncode
+
+    def _has_ended(self) -> bool:
+        return self._descriptor is not None and _can_read(self._descriptor, 0)
 
 
 class ForkServer:
@@ -130,6 +152,8 @@ class ForkServer:
         """
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         connection, theirs = socket.socketpair()
+        # A server that is stopped must not stop the coordinator as well.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
         with theirs:
             arguments = [str(theirs.fileno()), worker_module]
             self._process = _spawn(_SERVER_MODULE, arguments, environment, theirs, self._log)
@@ -137,6 +161,7 @@ class ForkServer:
         self._processes: dict[int, tuple[ForkedProcess, IO[bytes]]] = {}
         """Those that have not ended, and what takes their words."""
         self._n_asked = 0
+        self._waits_since: float | None = None
         self.is_gone = False
 
     @property
@@ -156,21 +181,23 @@ class ForkServer:
         self._processes[self._n_asked] = process, log
         request = {"number": self._n_asked, "environment": dict(environment)}
         self._n_asked += 1
-        try:
+        if self._waits_since is None:
+            self._waits_since = time.monotonic()
+        with suppress(OSError):  # it is gone, which shows when it is next heard
             self._channel.send(request, [connection.fileno(), log.fileno()])
-        except OSError:
-            self._bury()
         return process
 
     def listen(self, timeout: float) -> bool:
         """Wait for the server and hear it; return whether it said anything in time."""
-        if self.is_gone or not select.select([self.connection], [], [], timeout)[0]:
+        if self.is_gone or not _can_read(self.connection.fileno(), timeout):
             return False
         self.hear()
         return True
 
     def hear(self) -> None:
         """Take note of which workers have begun and which have ended. Returns at once if there is something to read."""
+        if self.is_gone:
+            return
         try:
             for news, descriptors in self._channel.receive():
                 if descriptors:
@@ -179,13 +206,29 @@ class ForkServer:
                     self._processes.pop(news["number"])[0].end(news["code"])
         except EOFError:
             self._bury()
+        has_more = any(process.pid is None for process, _ in self._processes.values())
+        self._waits_since = time.monotonic() if has_more else None
 
-    def _bury(self) -> None:
+    @property
+    def silent_seconds(self) -> float:
+        """How long somebody has been waiting for a worker without a word from the server."""
+        return 0.0 if self._waits_since is None else time.monotonic() - self._waits_since
+
+    def end(self, reason: str) -> None:
+        """End the server at once, and with it all that it has forked.
+
+        Args:
+            reason: What it did, for a person.
+        """
+        self._bury(f"it {reason}")
+
+    def _bury(self, reason: str = "") -> None:
         """Take note that the server is gone: its workers have ended with it, or never begin."""
         if self.is_gone:
             return
         self.is_gone = True
-        how = self._describe_end()
+        how = reason or self._describe_end()
+        self._process.kill()
         for process, log in self._processes.values():
             if not log.closed:  # somebody may still ask how it ended
                 log.write(f"the process that forks workers ended: {how}".encode())
@@ -194,11 +237,10 @@ class ForkServer:
         self._processes.clear()
 
     def _describe_end(self) -> str:
-        self._process.kill()  # it has hung up
         try:
             return describe_code(self._process.wait(_GRACE_SECONDS)) + read_last_words(self._log)
         except subprocess.TimeoutExpired:
-            return "it hung up and cannot be killed"
+            return "it hung up and did not end"
 
     def close(self) -> None:
         """End the server, and with it all that it has forked."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tuner.errors import SpecError
 from tuner.search.distributions import check_group_counts
 from tuner.search.study_facts import StudyFacts
-from tuner.service.failures import MAX_IDLE_LOSSES, explain_loss
+from tuner.service.failures import FailureCount
 from tuner.service.messages import DataRead, Describe, Description, Hello, Setup
 from tuner.service.pool import Pool, Worker
 from tuner.service.slots import Slot, expects_cpu, list_slots, probes_sharing, usable_cores
@@ -77,7 +77,7 @@ class _Scouting:
     ) -> None:
         self._pool, self._spec = pool, spec
         self._n_workers, self._timed, self._starts_workers = n_workers, timed, starts_workers
-        self._n_lost = 0
+        self._failures = FailureCount(spec.study.name)
         self._scout = self._start_scout()
         self.slots: tuple[Slot, ...] = ()
         self.ready: set[int] = set()
@@ -116,9 +116,7 @@ class _Scouting:
     def _replace(self, worker: Worker) -> None:
         """Start another worker in a lost one's place; who kills three of them means it."""
         message = worker.describe_end()
-        self._n_lost += 1
-        if self._n_lost >= MAX_IDLE_LOSSES:
-            raise explain_loss(message)
+        self._failures.count_idle_loss(worker.cause_of_end, message)
         self.ready.discard(worker.number)
         if worker.slot is not None:
             start_worker(self._pool, self._spec, worker.slot)

@@ -324,6 +324,7 @@ class SearchLoop:
         self._display.show(Noted(text=f"{message}; another one takes its place"))
         self._ready.discard(worker.number)
         job, costs = self._running.lose(worker)
+        is_orphan = worker.cause_of_end is not worker
         match job:
             case Training(members=members, n_given=n_given):
                 loss = Loss(
@@ -332,6 +333,7 @@ class SearchLoop:
                     was_killed=worker.was_killed,
                     is_stalled=worker.is_stalled,
                     is_overdue=is_overdue,
+                    is_orphan=is_orphan,
                 )
                 outcome = self._failures.blame(loss)
                 origin = self._book.origin(min(members))
@@ -339,10 +341,12 @@ class SearchLoop:
                     self._book.tell(number, outcome, device_seconds=cost)
                     self._announce(worker, number, outcome, None)
                     self._files.note_end(kept=False)
-                self._failures.count(origin, outcome)  # once: it was one accident
+                if not is_orphan:
+                    self._failures.count(origin, outcome)  # once: it was one accident
             case preparing:
-                self._failures.count_idle_loss(message)
                 if preparing is not None:
                     self._jobs.appendleft(preparing.job)
+        if is_orphan or not isinstance(job, Training):
+            self._failures.count_idle_loss(worker.cause_of_end, message)
         if worker.slot is not None:
             start_worker(self._pool, self._spec, worker.slot)

@@ -1,4 +1,4 @@
-"""Which devices train, and how a worker is bound to its own. No torch: bindings are fixed before it starts."""
+"""Which devices train, and how a worker is bound to its own. No torch: bindings are fixed before it sees a device."""
 
 import math
 import os
@@ -96,7 +96,8 @@ def share_slots(slots: Sequence[Slot], per_device: int, *, n_cores: int | None =
 def expects_cpu(workers: WorkersSection, drivers: Sequence[Path] = _GPU_DRIVERS) -> bool:
     """Whether the run's devices are the CPU as far as can be said before torch is there to ask."""
     if workers.devices == ("auto",):
-        return not any(driver.exists() for driver in drivers)
+        hides_all = os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}
+        return hides_all or not any(driver.exists() for driver in drivers)
     return workers.devices == ("cpu",)
 
 

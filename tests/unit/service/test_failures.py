@@ -61,12 +61,13 @@ def test_count_idle_loss_ends_a_run_whose_workers_cannot_live() -> None:
     """Three in a row; hours apart, with good trials in between, they are accidents."""
     count = FailureCount("pets")
     for _ in range(4):
-        count.count_idle_loss("worker 1 ended: killed by signal 9")
+        count.count_idle_loss(object(), "worker 1 ended: killed by signal 9")
         count.count(0, COMPLETE)
-    count.count_idle_loss("first")
-    count.count_idle_loss("second")
+    count.count_idle_loss("a", "first")
+    for _ in range(8):  # workers that end together, with the process that had forked them
+        count.count_idle_loss("b", "second")
     with pytest.raises(SearchError, match="workers: must be able to start and prepare the study, but third"):
-        count.count_idle_loss("third")
+        count.count_idle_loss("c", "third")
 
 
 def write_counter(path: Path, value: int) -> Path:
@@ -99,6 +100,7 @@ def test_memory_kills_are_those_of_the_last_seconds(tmp_path: Path) -> None:
         (Loss(message="m", n_given=1, was_killed=True), Reason.OUT_OF_MEMORY, TrialState.PRUNED),
         (Loss(message="m", n_given=9, was_killed=True), Reason.COHORT_LOST, TrialState.FAIL),
         (Loss(message="m", n_given=1, is_stalled=True), Reason.STALLED, TrialState.FAIL),
+        (Loss(message="m", n_given=1, is_orphan=True), Reason.INTERRUPTED, TrialState.FAIL),
         (Loss(message="m", n_given=1, is_overdue=True), Reason.TIME_LIMIT, TrialState.PRUNED),
         (Loss(message="m", n_given=9, is_overdue=True), Reason.COHORT_LOST, TrialState.FAIL),
     ],

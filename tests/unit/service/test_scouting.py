@@ -8,7 +8,7 @@ import pytest
 
 from tuner.errors import SearchError
 from tuner.service import scouting
-from tuner.service.messages import Describe, Description, Hello, Reply, Request
+from tuner.service.messages import DataRead, Describe, Description, Hello, Reply, Request, Setup
 from tuner.service.scouting import Scouted, scout_study
 from tuner.service.slots import Slot
 from tuner.spec.sections import StudySpec
@@ -42,19 +42,26 @@ class StandIn:
         """Keep a request."""
         self.sent.append(request)
 
+    @property
+    def cause_of_end(self) -> object:
+        """What ended it: itself."""
+        return self
+
     def describe_end(self) -> str:
         """Return how it ended."""
         return f"worker {self.number} ended: killed by signal 9"
 
 
 class StandInPool:
-    """A pool whose first worker describes the study, on a machine with some CUDA devices."""
+    """A pool whose first worker describes the study, on a machine with some CUDA devices. A reader's number is 100."""
 
-    def __init__(self, *cuda_devices: str, lost: Sequence[int] = ()) -> None:
+    def __init__(self, *cuda_devices: str, lost: Sequence[int] = (), reads: bool = True) -> None:
         self.workers: dict[int, StandIn] = {}
         self.started: list[StandIn] = []
         self.n_before_hello = 0
         self._cuda_devices, self._lost = cuda_devices, list(lost)
+        self._reads = reads
+        self.readers: list[StandIn] = []
         self._is_asked = False
 
     def start(self, slot: Slot | None) -> StandIn:
@@ -65,23 +72,32 @@ class StandInPool:
         return worker
 
     def start_at_once(self) -> StandIn:
-        """Start the worker that reads the data, which is no matter here."""
-        return StandIn(-1, None)
+        """Start a worker that reads the data."""
+        reader = StandIn(100 + len(self.readers), None)
+        self.readers.append(reader)
+        self.workers[reader.number] = reader
+        return reader
 
     def stop(self, worker: StandIn) -> None:
         """End a worker."""
-        self.workers.pop(worker.number, None)
+        del self.workers[worker.number]
 
     def wait(self, _: float) -> Iterator[tuple[StandIn, Reply | None]]:
         """Yield the loss of a worker that is to be lost; else the greetings of all, and the scout's description."""
         if self._lost:
             yield self.workers.pop(self._lost.pop(0)), None
             return
-        scout = next(worker for worker in self.workers.values() if worker.slot is None)
-        assert isinstance(scout.sent[-1], Describe)
+        scout = next(worker for worker in self.workers.values() if isinstance(worker.sent[-1], Describe))
+        reader = self.readers[-1]
+        assert [type(request) for request in reader.sent] == [Setup]
+        if self._reads and reader.number in self.workers:
+            yield reader, DataRead()
+            assert reader.number not in self.workers
         self.n_before_hello = len(self.started)
         for worker in reversed(list(self.workers.values())):  # the first one is the last to be up
-            yield worker, Hello(cuda_devices=self._cuda_devices)
+            if worker is not reader:
+                yield worker, Hello(cuda_devices=self._cuda_devices)
+        yield scout, DataRead()
         yield scout, DESCRIPTION
 
 
@@ -105,7 +121,7 @@ def scout(pool: Any, spec: StudySpec, *, n_workers: int | None = None) -> Scoute
 
 
 def test_workers_of_the_cpu_start_with_the_first() -> None:
-    """Loading torch takes seconds, which they spend together."""
+    """Nobody has to say first what devices there are."""
     pool = StandInPool()
     scouted = scout(pool, make_spec(devices="cpu"), n_workers=3)
     assert pool.n_before_hello == len(pool.started) == 3
@@ -132,6 +148,25 @@ def test_workers_that_a_probe_needs_start_with_the_others(monkeypatch: pytest.Mo
     told = scout(StandInPool("A", "B"), make_spec(devices="auto", per_device="auto"), n_workers=2)
     assert not told.probes_sharing
     assert [slot.device for slot in told.slots] == ["cuda:0", "cuda:1"]
+
+
+def test_reader_ends_with_the_scouting_whoever_is_first() -> None:
+    """It is no worker that could train."""
+    for pool in (StandInPool(), StandInPool(reads=False), StandInPool("A", reads=False)):
+        scouted = scout(pool, make_spec(devices="auto"), n_workers=2)
+        assert len(pool.readers) == 1
+        assert 100 not in pool.workers
+        assert 100 not in scouted.ready
+
+
+def test_reader_that_is_lost_is_replaced() -> None:
+    """Its loss is one like any other."""
+    pool = StandInPool(lost=[100])
+    scout(pool, make_spec(devices="cpu"), n_workers=2)
+    assert [reader.number for reader in pool.readers] == [100, 101]
+    assert sorted(pool.workers) == [0, 1]
+    with pytest.raises(SearchError, match="worker 102 ended"):
+        scout(StandInPool(lost=[100, 101, 102]), make_spec(devices="cpu"), n_workers=2)
 
 
 @pytest.mark.parametrize("lost", [[0], [1], [0, 2]])

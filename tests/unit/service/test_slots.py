@@ -119,13 +119,30 @@ def test_huge_pages_are_asked_for_unless_the_user_tunes_glibc() -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "has_driver", "expected"),
-    [("auto", False, True), ("auto", True, False), ("cpu", True, True), (["cuda:0"], False, False)],
+    ("devices", "has_driver", "visible", "expected"),
+    [
+        ("auto", False, None, True),
+        ("auto", True, None, False),
+        ("auto", True, "1", False),
+        ("auto", True, "", True),
+        ("auto", True, "-1", True),
+        ("cpu", True, None, True),
+        (["cuda:0"], False, None, False),
+    ],
 )
 def test_expects_cpu_only_where_nothing_speaks_for_a_gpu(
-    tmp_path: Path, devices: object, has_driver: bool, expected: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    devices: object,
+    has_driver: bool,
+    visible: str | None,
+    expected: bool,
 ) -> None:
     """Workers that start before torch was asked would be bound to the wrong device."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     driver = tmp_path / "driver"
     if has_driver:
         driver.touch()
