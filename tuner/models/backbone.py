@@ -72,10 +72,11 @@ def find_timm_cfg(name: str) -> Any:
         ModelError: If timm has no such model, or the model no such tag.
     """
     architecture, _ = split_model_name_tag(name)
-    known = timm.list_models()
-    if architecture not in known:
-        current = get_deprecated_models().get(architecture)
-        hint = f"; its name is now '{current}'" if current else did_you_mean(architecture, [*known, SMALL_CNN])
+    deprecated = get_deprecated_models()
+    if architecture in deprecated or not timm.is_model(architecture):
+        current = deprecated.get(architecture)
+        known = [*timm.list_models(), SMALL_CNN]  # in order, which takes tens of milliseconds
+        hint = f"; its name is now '{current}'" if current else did_you_mean(architecture, known)
         raise ModelError(_unknown(name) + hint)
     tagged = get_arch_pretrained_cfgs(architecture)
     if name != architecture and name not in tagged:

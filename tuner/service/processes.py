@@ -133,7 +133,8 @@ class ForkedProcess:
             if not self._server.listen(max(0.0, deadline - time.monotonic())):
                 if not self._has_ended():
                     raise subprocess.TimeoutExpired(_SERVER_MODULE, timeout)
-                self._server.end("did not say that a worker had ended")
+                if not self._server.listen(_GRACE_SECONDS):
+                    self._server.end("did not say that a worker had ended")
         return self.returncode
 
     def _has_ended(self) -> bool:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -181,6 +182,7 @@ def test_server_that_is_stopped_is_ended(make_pool: Callable[..., Pool], monkeyp
     """Somebody waits for a worker, or for word of how one ended."""
     monkeypatch.setattr("tuner.service.pool._LOADING_SECONDS", 5.0)
     monkeypatch.setattr("tuner.service.pool._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("tuner.service.processes._GRACE_SECONDS", 0.5)
     with make_pool(answer="line.start_pulse(2)", stall_limit=5.0) as pool:
         pool.start(CPU)
         pid, server, *_ = read_note(pool)
@@ -197,6 +199,20 @@ def test_server_that_is_stopped_is_ended(make_pool: Callable[..., Pool], monkeyp
         heard = hear(pool, 2)
         assert {reply for _, reply in heard} == {None}
         assert all("it forked no worker for 5 s" in worker.describe_end() for worker, _ in heard)
+
+
+def test_server_may_say_late_that_a_worker_has_ended(make_pool: Callable[..., Pool]) -> None:
+    """Between the end of a process and the word of it lies a moment, and on a busy machine more."""
+    with make_pool() as pool:
+        worker = pool.start(CPU)
+        pid, server, *_ = read_note(pool)
+        os.kill(int(server), signal.SIGSTOP)
+        os.kill(int(pid), signal.SIGKILL)
+        wait_for_end(int(pid))
+        threading.Timer(0.5, os.kill, (int(server), signal.SIGCONT)).start()
+        pool.stop(worker)
+        pool.start(CPU)
+        assert read_note(pool)[1] == server
 
 
 def test_server_that_dies_while_it_loads_is_each_workers_end(make_pool: Callable[..., Pool]) -> None:
