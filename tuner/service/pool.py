@@ -4,148 +4,26 @@ A worker's end shows as the end of its socket, and so does ours to it. No fork o
 device, and no import of the caller's main module, so that a study runs from a script or a notebook alike.
 """
 
-import fcntl
 import math
 import os
 import selectors
-import signal
 import socket
-import struct
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import IO, Self
 
 from tuner.errors import ERRORS_BY_NAME
-from tuner.service.messages import Crashed, Refused, Reply, Request
-from tuner.service.processes import (
-    SEND_SECONDS,
-    ForkedProcess,
-    ForkServer,
-    Process,
-    describe_code,
-    read_last_words,
-    spawn,
-)
+from tuner.service.messages import Crashed, Refused, Reply
+from tuner.service.processes import ForkServer, Process, spawn
 from tuner.service.slots import Slot, ask_for_huge_pages, bind, expects_cpu
-from tuner.service.wire import Lines, encode
+from tuner.service.worker_process import GRACE_SECONDS, Worker
 from tuner.spec.sections import StudySpec
 
 WORKER_MODULE = "tuner.service.worker"
-_GRACE_SECONDS = 5.0
-_MAX_LOG_BYTES = 16_000_000
 _LONGEST_STEP_SECONDS = 1.0
 _LOADING_SECONDS = 120.0
 """Least silence of the process that forks workers, while one is waited for, that ends it: it loads from a disk."""
-
-
-class Worker:
-    """One worker process and the socket to it."""
-
-    def __init__(self, number: int, slot: Slot | None, start: Callable[[socket.socket, IO[bytes]], Process]) -> None:
-        """Start it.
-
-        Args:
-            number: Of the worker, among those of a run.
-            slot: What it is bound to, if anything.
-            start: Starts its process, on its end of the socket and on a file for what it prints.
-        """
-        self.number = number
-        self.slot = slot
-        self.last_heard = time.monotonic()
-        self.is_stalled = False
-        self._ended_for = ""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
-        fcntl.fcntl(self._log, fcntl.F_SETFL, os.O_APPEND)  # so that it can be cut short while the worker writes
-        self.connection, theirs = socket.socketpair()
-        # What a stopped worker does not read must not stop the coordinator as well.
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
-        with theirs:
-            self._process = start(theirs, self._log)
-        self._lines = Lines(self.connection)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether its process is or was there; the server that is to fork it may still be loading."""
-        return self._process.pid is not None or self._process.returncode is not None
-
-    def send(self, request: Request) -> None:
-        """Send a request; a worker that is gone shows when it is next heard."""
-        try:
-            self.connection.sendall(encode(request))
-        except BlockingIOError:
-            self.end(f"took no message for {SEND_SECONDS} s")
-        except OSError:
-            return
-
-    def receive(self) -> Iterator[Reply]:
-        """Yield the replies that have arrived.
-
-        Raises:
-            EOFError: If the worker is gone.
-        """
-        self.last_heard = time.monotonic()
-        if os.fstat(self._log.fileno()).st_size > _MAX_LOG_BYTES:
-            self._log.truncate(0)
-        yield from self._lines.receive()  # type: ignore[misc] # a worker sends replies only
-
-    def end(self, reason: str) -> None:
-        """End the process at once.
-
-        Args:
-            reason: What it did, for a person.
-        """
-        self._ended_for = reason
-        self._process.kill()
-
-    def describe_end(self) -> str:
-        """Return how the process ended, with the last lines that it printed. Waits for its end; asked once."""
-        deadline = time.monotonic() + _GRACE_SECONDS
-        if self._ended_for:
-            self.reap(deadline)
-            return f"worker {self.number} {self._ended_for} and was ended"
-        code = self._wait(deadline)
-        words = read_last_words(self._log)
-        self._log.close()
-        if code is None:
-            return f"worker {self.number} hung up and cannot be killed"
-        return f"worker {self.number} ended: {describe_code(code)}{words}"
-
-    @property
-    def cause_of_end(self) -> object:
-        """What has to be blamed for the end of this worker: itself, or the process that had forked it and others."""
-        return (isinstance(self._process, ForkedProcess) and self._process.orphaned_by) or self
-
-    @property
-    def was_killed(self) -> bool:
-        """Whether another process or the kernel killed this one, once it has ended."""
-        return not self._ended_for and self._process.returncode == -signal.SIGKILL
-
-    def close(self) -> None:
-        """Hang up: the worker ends by itself when it notices."""
-        self.connection.close()
-
-    def reap(self, deadline: float) -> None:
-        """Wait for the process until a deadline on the monotonic clock, then kill it."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(0)  # hears whether it has begun
-        if self.has_begun:
-            self._wait(deadline)
-        else:
-            self._process.kill()  # when it begins
-        self._log.close()
-
-    def _wait(self, deadline: float) -> int | None:
-        """Wait for the process, kill it at the deadline, and return its code; None if it waits for a dead disk."""
-        with suppress(subprocess.TimeoutExpired):
-            return self._process.wait(max(0.0, deadline - time.monotonic()))
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):
-            return self._process.wait(_GRACE_SECONDS)
-        return None
 
 
 def _bind(slot: Slot | None, environment: Mapping[str, str]) -> dict[str, str]:
@@ -194,7 +72,7 @@ class Pool:
         self.workers.clear()
         for worker in workers:
             worker.close()
-        deadline = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + GRACE_SECONDS
         try:
             for worker in workers:
                 worker.reap(deadline)
@@ -229,7 +107,7 @@ class Pool:
         """End one worker."""
         self._drop(worker)
         worker.close()
-        worker.reap(time.monotonic() + _GRACE_SECONDS)
+        worker.reap(time.monotonic() + GRACE_SECONDS)
 
     def end(self, worker: Worker, reason: str) -> None:
         """End one worker at once.

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from tuner.search.distributions import make_distributions, project_default_recipe, project_value, resolve_params
 from tuner.service.messages import Hello, Note, Probe, Probed
-from tuner.service.pool import Pool, Worker
+from tuner.service.pool import Pool
 from tuner.service.progress import ActivityChanged, Display, Noted
 from tuner.service.scouting import TICK_SECONDS, Scouted, limit_slots, start_worker
 from tuner.service.sharing import MAX_SHARING, Sharing, choose_n_workers, count_fitting, has_gained
 from tuner.service.slots import Slot, share_slots
+from tuner.service.worker_process import Worker
 from tuner.spec.sections import StudySpec
 from tuner.trial import TrialParams
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tuner.service.messages import Prepare
-from tuner.service.pool import Worker
 from tuner.service.run_clock import RunClock
+from tuner.service.worker_process import Worker
 from tuner.trial import TrialParams
 
 Members = tuple[tuple[int, TrialParams], ...]

@@ -8,8 +8,9 @@ from tuner.search.distributions import check_group_counts
 from tuner.search.study_facts import StudyFacts
 from tuner.service.failures import FailureCount
 from tuner.service.messages import DataRead, Describe, Description, Hello, Setup
-from tuner.service.pool import Pool, Worker
+from tuner.service.pool import Pool
 from tuner.service.slots import Slot, expects_cpu, list_slots, probes_sharing, usable_cores
+from tuner.service.worker_process import Worker
 from tuner.spec.sections import StudySpec
 from tuner.spec.space import Choices, IntRange
 

@@ -27,7 +27,7 @@ from tuner.service.messages import (
     TrialDone,
     Verdict,
 )
-from tuner.service.pool import Pool, Worker
+from tuner.service.pool import Pool
 from tuner.service.probing import SharingProbe
 from tuner.service.progress import (
     ActivityChanged,
@@ -47,6 +47,7 @@ from tuner.service.running_jobs import RunningJobs, Training
 from tuner.service.scouting import TICK_SECONDS, Scouted, start_worker
 from tuner.service.signals import StopSignals
 from tuner.service.supply import Supply
+from tuner.service.worker_process import Worker
 from tuner.trial import Reason, TrialOutcome, TrialState
 
 _OUT_OF_BUDGET = TrialOutcome(state=TrialState.FAIL, reason=Reason.INTERRUPTED, message="the budget was spent")

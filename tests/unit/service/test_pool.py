@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tuner.service.messages import Alive, Note, Reply
-from tuner.service.pool import Pool, Worker
+from tuner.service.pool import Pool
 from tuner.service.slots import Slot
+from tuner.service.worker_process import Worker
 
 WORKER = """
 import os, signal, sys, time
@@ -181,7 +182,7 @@ def test_workers_end_with_the_process_that_forks_them_and_others_can_start(make_
 def test_server_that_is_stopped_is_ended(make_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody waits for a worker, or for word of how one ended."""
     monkeypatch.setattr("tuner.service.pool._LOADING_SECONDS", 5.0)
-    monkeypatch.setattr("tuner.service.pool._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("tuner.service.worker_process.GRACE_SECONDS", 0.5)
     monkeypatch.setattr("tuner.service.processes._GRACE_SECONDS", 0.5)
     with make_pool(answer="line.start_pulse(2)", stall_limit=5.0) as pool:
         pool.start(CPU)
