@@ -17,6 +17,8 @@ from tuner.service.fork_server import Channel
 
 _SERVER_MODULE = "tuner.service.fork_server"
 _GRACE_SECONDS = 5.0
+_WORD_SECONDS = 15.0
+"""How long the server may take to say that a worker has ended: memory may be swapped out just then."""
 SEND_SECONDS = 5
 """How long the coordinator waits for a process to take a message."""
 _LAST_WORDS = 2000
@@ -130,10 +132,12 @@ class ForkedProcess:
         """
         deadline = time.monotonic() + timeout
         while self.returncode is None:
-            if not self._server.listen(max(0.0, deadline - time.monotonic())):
+            if self._server.is_gone:
+                self.abandon()
+            elif not self._server.listen(max(0.0, deadline - time.monotonic())):
                 if not self._has_ended():
                     raise subprocess.TimeoutExpired(_SERVER_MODULE, timeout)
-                if not self._server.listen(_GRACE_SECONDS):
+                if not self._server.listen(_WORD_SECONDS):
                     self._server.end("did not say that a worker had ended")
         return self.returncode
 
@@ -231,9 +235,9 @@ class ForkServer:
         how = reason or self._describe_end()
         self._process.kill()
         for process, log in self._processes.values():
-            if not log.closed:  # somebody may still ask how it ended
-                log.write(f"the process that forks workers ended: {how}".encode())
-                log.flush()
+            with suppress(OSError):  # a full disk
+                if not log.closed:  # somebody may still ask how it ended
+                    os.write(log.fileno(), f"the process that forks workers ended: {how}".encode())
             process.abandon()
         self._processes.clear()
 
@@ -248,5 +252,9 @@ class ForkServer:
         self._process.kill()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_SECONDS)
+        self.is_gone = True
+        for process, _ in self._processes.values():  # nobody could wait for it
+            process.end(1)
+        self._processes.clear()
         self.connection.close()
         self._log.close()

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Never
 
 import pytest
 import torch
 
 from tuner.service.messages import Alive, Note, Reply
 from tuner.service.pool import Pool
+from tuner.service.processes import ForkServer
 from tuner.service.slots import Slot
 from tuner.service.worker_process import Worker
 
@@ -183,7 +185,7 @@ def test_server_that_is_stopped_is_ended(make_pool: Callable[..., Pool], monkeyp
     """Somebody waits for a worker, or for word of how one ended."""
     monkeypatch.setattr("tuner.service.pool._LOADING_SECONDS", 5.0)
     monkeypatch.setattr("tuner.service.worker_process.GRACE_SECONDS", 0.5)
-    monkeypatch.setattr("tuner.service.processes._GRACE_SECONDS", 0.5)
+    monkeypatch.setattr("tuner.service.processes._WORD_SECONDS", 0.5)
     with make_pool(answer="line.start_pulse(2)", stall_limit=5.0) as pool:
         pool.start(CPU)
         pid, server, *_ = read_note(pool)
@@ -200,6 +202,25 @@ def test_server_that_is_stopped_is_ended(make_pool: Callable[..., Pool], monkeyp
         heard = hear(pool, 2)
         assert {reply for _, reply in heard} == {None}
         assert all("it forked no worker for 5 s" in worker.describe_end() for worker, _ in heard)
+
+
+def test_burial_that_is_cut_short_leaves_nothing_to_wait_for(
+    make_pool: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come in the midst of it: the workers' ends are known all the same."""
+
+    def interrupt(_: ForkServer) -> Never:
+        raise KeyboardInterrupt
+
+    with make_pool() as pool:
+        worker = pool.start(CPU)
+        pid, server, *_ = read_note(pool)
+        monkeypatch.setattr(ForkServer, "_describe_end", interrupt)
+        os.kill(int(server), signal.SIGKILL)
+        with pytest.raises(KeyboardInterrupt):
+            hear(pool, 1)
+        worker.reap(time.monotonic() + 1)
+        wait_for_end(int(pid))
 
 
 def test_server_may_say_late_that_a_worker_has_ended(make_pool: Callable[..., Pool]) -> None:
