@@ -6,6 +6,7 @@ import signal
 import sys
 
 from benchmarks.cases import (
+    cpu_layers,
     decode,
     faults,
     fuzz,
@@ -33,6 +34,7 @@ CASES = {
     for case in (
         trial_book.CASE,
         step_overhead.CASE,
+        cpu_layers.CASE,
         huge_pages.CASE,
         suffix_step.CASE,
         prefix_cost.CASE,

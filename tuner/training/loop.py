@@ -3,17 +3,16 @@
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tuner.data.image_set import ImageSet
-from tuner.models.backbone import Preprocessing, find_classifiers
+from tuner.models.backbone import Preprocessing
 from tuner.models.layers import freeze_layers, group_layers
 from tuner.training.batches import (
     count_batches,
@@ -24,8 +23,9 @@ from tuner.training.batches import (
 )
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, MovingParts
 from tuner.training.compiling import Compiler
+from tuner.training.cpu_layers import faster_layers
 from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything
-from tuner.training.dropout import draw_kept, start_dropout
+from tuner.training.dropout import dropping_inputs, start_dropout
 from tuner.training.epoch_numbers import (
     average_losses,
     find_divergence,
@@ -103,7 +103,7 @@ def train_only(job: TrainingJob, on_epoch: Callable[[int, float], None] | None =
         Diverged: If a training loss is not finite.
     """
     training = _Training(job)
-    with _dropping_inputs(job, training.dropout):
+    with _changing_layers(job, training.dropout):
         for epoch in range(1, job.params.epochs + 1):
             loss = training.run_epoch(epoch)
             if on_epoch is not None:
@@ -121,7 +121,7 @@ def take_steps(job: TrainingJob) -> Generator[int, None, None]:
         Each step's number of images. On CUDA the step may not have been computed yet.
     """
     training = _Training(job)
-    with _dropping_inputs(job, training.dropout):
+    with _changing_layers(job, training.dropout):
         for epoch in itertools.count(1):
             yield from training.walk_epoch(epoch)
 
@@ -134,7 +134,7 @@ def _train_and_validate(
     if saved is not None:
         training.parts.put_state(saved.state)
         results.extend(saved.results)
-    with _dropping_inputs(job, training.dropout):
+    with _changing_layers(job, training.dropout):
         for epoch in range(len(results) + 1, job.params.epochs + 1):
             started = perf_counter()
             train_loss = training.run_epoch(epoch)
@@ -280,19 +280,10 @@ def _validate(logits: Tensor, val: ImageSet, epoch: int) -> Scores:
 
 
 @contextmanager
-def _dropping_inputs(job: TrainingJob, generator: torch.Generator) -> Iterator[None]:
-    """Drop a share of the classifier's inputs while it trains, besides what the backbone itself drops."""
-    dropout = job.params.dropout
-
-    def drop(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not module.training:
-            return inputs
-        return (inputs[0] * draw_kept(inputs[0].shape, dropout, generator) / (1 - dropout), *inputs[1:])
-
-    names = find_classifiers(job.model) if dropout > 0 else ()
-    handles = [job.model.get_submodule(name).register_forward_pre_hook(drop) for name in names]
-    try:
+def _changing_layers(job: TrainingJob, dropout: torch.Generator) -> Iterator[None]:
+    """Have a job's model drop what the recipe drops, and train in the ways that suit the device."""
+    params = job.params
+    # Compiled code is made of the layers as they are.
+    faster = nullcontext() if job.compiler else faster_layers(job.model, job.device, params.precision)
+    with dropping_inputs(job.model, params.dropout, dropout), faster:
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
