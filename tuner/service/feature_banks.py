@@ -82,7 +82,7 @@ class FeatureBanks:
         is_same = torch.equal(found, expected) if device.type == "cpu" else agree(found, expected, device, precision)
         if not is_same:
             raise NotCacheable("its weights are drawn anew for every trial")
-        verify_head(model, train, preprocessing, device, precision=precision)
+        verify_head(model, train, preprocessing, device)
         self._model = params.backbone, model
         return Body(head=head, weights_hash=weights_hash)
 

@@ -25,6 +25,9 @@ N_TRIED = 8
 """Images on which a backbone's parts are compared with the whole."""
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest difference, over the largest value, of what is computed in a type."""
+_MAX_NOISE = 0.25
+"""Largest difference of what whole networks compute in bfloat16, over what images differ by, both root mean squares:
+MobileNets with ImageNet weights were up to 0.12 off their own float32, and one value up to 0.32 of the largest."""
 
 
 class NotCacheable(Exception):  # noqa: N818 - a property of a backbone, no mistake of anyone
@@ -147,13 +150,24 @@ def find_rounding(device: torch.device, precision: Precision, dtype: torch.dtype
 
 
 def agree(found: Tensor, expected: Tensor, device: torch.device, precision: Precision) -> bool:
-    """Whether two tensors are the same but for what rounding on a device may change; shapes do not matter."""
+    """Whether two tensors are the same but for what rounding on a device may change.
+
+    Args:
+        found: As many numbers as are expected, in any shape.
+        expected: One row for each image, if it has rows.
+        device: Where they were computed.
+        precision: In what.
+    """
     if found.numel() != expected.numel():
         return False
-    dtype = find_rounding(device, precision, expected.dtype)
-    difference = (found.flatten().to(expected.dtype) - expected.flatten()).abs().max()
+    difference = found.reshape(expected.shape).to(expected.dtype) - expected
     # False for NaN too.
-    return bool(difference <= _TOLERANCES[dtype] * expected.abs().max())
+    if computes_in_bfloat16(device, precision) and expected.dtype != torch.float64:
+        has_rows = expected.ndim > 1 and len(expected) > 1
+        signal = expected - expected.mean(dim=0) if has_rows else expected
+        return bool(difference.norm() <= _MAX_NOISE * signal.norm())
+    tolerance = _TOLERANCES[find_rounding(device, precision, expected.dtype)]
+    return bool(difference.abs().max() <= tolerance * expected.abs().max())
 
 
 def show_view(view: View, pixels: Tensor, rows: Tensor) -> Tensor:
@@ -193,17 +207,16 @@ def _compute_batch(model: nn.Module, head: Head, inputs: Tensor, device: torch.d
     return features
 
 
-def verify_head(
-    model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device, *, precision: Precision
-) -> None:
+def verify_head(model: nn.Module, images: ImageSet, preprocessing: Preprocessing, device: torch.device) -> None:
     """Check on a few images that training a head on features is training the model with all but the head frozen.
+
+    In float32, whatever the study's precision: the noise of bfloat16 would hide what is to be found.
 
     Args:
         model: Moved to the device, frozen below its head, and left in eval mode; its tensors keep their values.
         images: The first eight are tried.
         preprocessing: The backbone's.
         device: Where to compute.
-        precision: The study's.
 
     Raises:
         NotCacheable: If the head's weight and bias are not exactly what trains; if the logits are not those of the
@@ -219,13 +232,13 @@ def verify_head(
     inputs = normalise(take_batch(images, rows, device, find_dtype(model))[0])
     with keeping_buffers(model):
         model.eval()
-        features = _compute_batch(model, head, inputs, device, precision)
-        parts = [_compute_batch(model, head, part, device, precision) for part in torch.split(inputs, 3)]
+        features = _compute_batch(model, head, inputs, device, "float32")
+        parts = [_compute_batch(model, head, part, device, "float32") for part in torch.split(inputs, 3)]
         reason = "an image's features depend on the batch it is in"
-        _check_same(torch.cat(parts), features, device, precision, reason)
+        _check_same(torch.cat(parts), features, device, reason)
         for mode in ("eval", "train"):
             model.train(mode == "train")
-            _check_mode(model, head, inputs, features, precision)
+            _check_mode(model, head, inputs, features)
     model.eval()
 
 
@@ -241,18 +254,18 @@ def _check_trained(model: nn.Module, head: Head) -> None:
         raise NotCacheable("its classifier's weight or bias is fixed, or shared with another layer")
 
 
-def _check_mode(model: nn.Module, head: Head, inputs: Tensor, features: Tensor, precision: Precision) -> None:
+def _check_mode(model: nn.Module, head: Head, inputs: Tensor, features: Tensor) -> None:
     """Check that in the mode that the model is in, features and logits are those of eval mode's features."""
     mode = "train" if model.training else "eval"
     _check_dropout(model)
     device = inputs.device
     reason = f"its classifier's input in {mode} mode is not that of eval mode; something before it trains"
-    _check_same(_compute_batch(model, head, inputs, device, precision), features, device, precision, reason)
-    with torch.no_grad(), autocast(device, precision):
+    _check_same(_compute_batch(model, head, inputs, device, "float32"), features, device, reason)
+    with torch.no_grad():
         logits = model(inputs)
         expected = functional.linear(features, head.weight.flatten(1), head.bias)
     reason = f"its logits in {mode} mode are not those of its classifier alone"
-    _check_same(logits, expected, device, precision, reason)
+    _check_same(logits, expected, device, reason)
 
 
 def _check_dropout(model: nn.Module) -> None:
@@ -262,8 +275,8 @@ def _check_dropout(model: nn.Module) -> None:
             raise NotCacheable(f"its own dropout '{name}' of {module.p:g} lies before its classifier")
 
 
-def _check_same(found: object, expected: Tensor, device: torch.device, precision: Precision, reason: str) -> None:
-    if not isinstance(found, Tensor) or not agree(found, expected, device, precision):
+def _check_same(found: object, expected: Tensor, device: torch.device, reason: str) -> None:
+    if not isinstance(found, Tensor) or not agree(found, expected, device, "float32"):
         raise NotCacheable(reason)
 
 

@@ -227,7 +227,7 @@ def test_verify_head_accepts_the_backbones_of_the_gate(name: str) -> None:
     """What equals the whole model is not refused, and verifying changes no tensor."""
     model, _ = prepare(name, make_head_params())
     before = copy.deepcopy(model.state_dict())
-    verify_head(model, TRAIN, PREPROCESSING, CPU, precision="auto")
+    verify_head(model, TRAIN, PREPROCESSING, CPU)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 

@@ -85,7 +85,7 @@ class Functional(nn.Module):
 
 def verify(model: nn.Module, images: ImageSet | None = None) -> None:
     """Verify on the toy images, unless others are given."""
-    verify_head(model, images or make_images(), PREPROCESSING, CPU, precision="auto")
+    verify_head(model, images or make_images(), PREPROCESSING, CPU)
 
 
 def test_compute_features_keeps_the_order_over_batches_and_trains_nothing() -> None:
@@ -139,6 +139,35 @@ def test_sample_features_are_those_of_the_first_images(view: View | None) -> Non
 def test_agree_allows_rounding_alone(found: list[float], expected: bool) -> None:
     """Measured by the largest value; NaN and another size are never the same."""
     assert agree(torch.tensor(found), torch.tensor([1.0, 1000.0]), CPU, "auto") is expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda rows, noise: rows + 0.2 * noise, True),
+        (lambda rows, noise: rows + 0.3 * noise, False),
+        (lambda rows, _: rows.to(torch.bfloat16), False),  # steps of 4 at a thousand
+        (lambda rows, _: rows.roll(1, dims=0), False),
+        (lambda rows, _: rows * torch.nan, False),
+        (lambda rows, _: rows.flatten(), True),
+    ],
+)
+def test_agree_in_bfloat16_measures_by_what_images_differ_by(
+    change: Callable[[Tensor, Tensor], Tensor], expected: bool
+) -> None:
+    """Not by the values, which may have much in common."""
+    rows, noise = torch.randn(2, 8, 500, generator=torch.Generator().manual_seed(0))
+    rows += 1000
+    assert agree(change(rows, noise), rows, CPU, "bfloat16") is expected
+
+
+def test_agree_in_bfloat16_bears_a_value_that_is_far_off() -> None:
+    """Real MobileNets have such; in float32 it would be a mistake."""
+    rows = torch.randn(8, 500, generator=torch.Generator().manual_seed(0))
+    found = rows.clone()
+    found[0, 0] += 0.3 * rows.abs().max()
+    assert agree(found, rows, CPU, "bfloat16")
+    assert not agree(found, rows, CPU, "float32")
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"])
