@@ -89,6 +89,24 @@ def test_features_of_code_that_was_edited_are_computed_again(
     assert [each.val_loss for each in edited.desk.curve(0)] == pytest.approx(expected, rel=1e-4)
 
 
+def test_features_of_a_file_that_was_edited_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a few images show: in bfloat16 a small change lies within the noise."""
+    file = tmp_path / f"edited_{tmp_path.name}.py"
+    file.write_text(
+        "from tests.integration import own_backbones\nmake = lambda num_classes: own_backbones.plain(num_classes)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    backbone = f"{file.stem}:make"
+    training = {"backbone": backbone, "unfrozen_layers": 1, "epochs": 2, "precision": "bfloat16"}
+
+    def start() -> Worker:
+        return Worker(folder=tmp_path, backbone=backbone, tables={"training": training})
+
+    assert [start().name_use(precision="bfloat16") for _ in range(2)] == ["computed", "cached"]
+    file.write_text(file.read_text() + "# edited\n")
+    assert start().name_use(precision="bfloat16") == "computed"
+
+
 def test_heads_of_a_body_with_a_random_tensor_of_its_own_are_given_back(tmp_path: Path) -> None:
     """Neither a parameter nor a buffer, it is in no state dict, and still drawn from each trial's seed."""
     reply = Worker(folder=tmp_path, backbone=f"{OWN}:shifting").train()

@@ -5,6 +5,8 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -171,6 +173,20 @@ def find_own_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ModelError(f"space.backbone: '{name}' must be a function, got {type(function).__name__}")
     return function  # type: ignore[no-any-return]
+
+
+def hash_own_code(name: str) -> str:
+    """Return the SHA-256 of the file that a user's function is defined in; empty if there is none.
+
+    Raises:
+        ModelError: If the function cannot be imported.
+    """
+    function = inspect.unwrap(find_own_function(name))
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:
+        return ""  # made by a library in C
+    return sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
 
 
 def _check_own_classifier(name: str, model: nn.Module, n_classes: int) -> None:

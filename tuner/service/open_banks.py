@@ -15,8 +15,10 @@ from tuner.data.feature_store import FeatureBank, Values, holds_bank, open_bank
 from tuner.data.image_set import ImageSet
 from tuner.data.memory import available_memory
 from tuner.data.views import View
+from tuner.models.backbone import hash_own_code
 from tuner.service.messages import Coordinator, report_progress
 from tuner.service.workbench import Workbench
+from tuner.spec.own_code import is_users_code
 from tuner.training.device import computes_in_bfloat16
 from tuner.training.head_features import NotCacheable, agree
 
@@ -188,7 +190,7 @@ class OpenBanks:
         return bank
 
     def _is_current(self, kept: Values, request: BankRequest) -> bool:
-        """Whether kept values are what the backbone computes today: a user may have edited its code."""
+        """Whether kept values are what the backbone computes today: a user may have edited what its code imports."""
         expected = request.sample()
         found = _as_tensor(kept[: len(expected)], request.dtype).to(self._bench.device, expected.dtype)
         return agree(found, expected, self._bench.device, self._bench.spec.training.precision)
@@ -221,6 +223,7 @@ class OpenBanks:
     def _describe(self, request: BankRequest) -> dict[str, Any]:
         """Return everything that a bank depends on, as JSON."""
         bench = self._bench
+        code = {"code": hash_own_code(request.backbone)} if is_users_code(request.backbone) else {}
         return {
             "format": _FORMAT,
             "data": bench.data.hash,
@@ -232,6 +235,7 @@ class OpenBanks:
             "backbone": request.backbone,
             "kwargs": bench.section(request.backbone).kwargs,
             **request.part,
+            **code,
             "view": asdict(request.view) if request.view else None,
             "device": bench.device.type,
             "dtype": "bfloat16" if computes_in_bfloat16(bench.device, bench.spec.training.precision) else "float32",

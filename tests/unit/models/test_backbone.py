@@ -11,6 +11,7 @@ from tuner.models.backbone import (
     check_forward,
     create_backbone,
     find_classifiers,
+    hash_own_code,
     read_preprocessing,
 )
 from tuner.spec.own_code import SMALL_CNN
@@ -64,6 +65,18 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / f"{name}_broken.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
     return name
+
+
+def test_hash_own_code_is_of_the_file_that_defines_a_function(own: str, tmp_path: Path) -> None:
+    """An edit that computes the same nearly, or with the same weights, shows in nothing else."""
+    name = f"{own}:make"
+    before = hash_own_code(name)
+    assert len(before) == 64
+    assert hash_own_code(name) == before
+    file = tmp_path / f"{own}.py"
+    file.write_text(f"{file.read_text()}# edited\n")
+    assert hash_own_code(name) not in {before, ""}
+    assert hash_own_code("builtins:print") == ""  # nothing to read
 
 
 @pytest.mark.parametrize("name", ["resnet50", "vgg16", "vit_base_patch16_224", "test_vit.r160_in1k", SMALL_CNN])
