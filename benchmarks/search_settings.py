@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from benchmarks.harness import describe_provenance, find_place
 from benchmarks.search_spaces import SEARCH_SPACES
@@ -31,6 +32,8 @@ class Settings:
     """Instead of the pilot's."""
     pilot: bool
     device: str
+    precision: Literal["auto", "float32", "bfloat16"]
+    """Of all arms."""
     dataset: str
     image_size: int
     smoke: bool
@@ -58,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--target", type=_read_targets, default={}, metavar="S1=0.9,S4=0.9")
     options.add_argument("--pilot", action="store_true", help="one seed of its own; keeps the targets in --out")
     options.add_argument("--device", default="auto")
+    options.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of all arms")
     options.add_argument("--dataset", default="hymenoptera", help="a zip file of --images")
     options.add_argument("--size", type=int, default=128, help="of images, in px")
     options.add_argument("--patience", type=float, default=60.0, help="seconds to wait for an idle machine")
@@ -107,6 +111,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         targets={"S2": 0.1} if smoke else arguments.target,
         pilot=arguments.pilot,
         device=arguments.device,
+        precision=arguments.precision,
         dataset=arguments.dataset,
         image_size=arguments.size,
         smoke=smoke,

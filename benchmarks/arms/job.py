@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.material import Material
 from benchmarks.search_spaces import SearchSpace
@@ -25,6 +25,8 @@ class ArmJob:
     """After them the run is ended; what it had finished counts."""
     device: str
     """``auto``, ``cpu`` or ``cuda:0``."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes; auto is bfloat16 on CUDA alone."""
     folder: Path
     """Empty; caches, databases and logs of this run go there."""
     num_workers: int = 0

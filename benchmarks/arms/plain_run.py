@@ -63,6 +63,7 @@ def describe_config(job: ArmJob) -> dict[str, Any]:
         "n_trials": job.n_trials,
         "minutes": job.minutes,
         "device": job.device,
+        "precision": job.precision,
         "n_threads": job.n_threads,
         "num_workers": job.num_workers,
     }

@@ -3,7 +3,8 @@
 Optuna (TPE, median pruner) + ImageFolder + torchvision transforms + DataLoader + timm, written with care: weights are
 read once and copied for each trial, the frozen part runs without gradients and keeps its BatchNorm statistics, workers
 and pinned memory are persistent, channels lie last, CUDA trains in bfloat16, the validation loader is kept, and the
-optimizer is one kernel. config["views"] is "fresh", or the number of fixed versions that every training image has.
+optimizer is one kernel. config["views"] is "fresh", or the number of fixed versions that every training image has;
+config["precision"] is "bfloat16" (on a CPU as well), "float32", or "auto".
 
     python plain_script.py CONFIG.json search    one JSON line for each finished trial, in config["lines"]
     python plain_script.py CONFIG.json train     train config["recipes"]; one JSON line each: its last val accuracy
@@ -105,7 +106,9 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass."""
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+        in_bfloat16 = self.config["precision"] == "bfloat16"
+        in_bfloat16 |= self.config["precision"] == "auto" and self.device.type == "cuda"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if in_bfloat16 else nullcontext()
 
     def read_backbone(self, name: str) -> nn.Module:
         """Return a backbone with its weights, to be copied; read once."""

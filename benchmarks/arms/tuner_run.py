@@ -66,6 +66,7 @@ def make_tables(
     material = job.material
     names = list(material.backbones)
     training: dict[str, Any] = {"epochs": job.epochs, "horizontal_flip": material.horizontal_flip, **job.space.fixed}
+    training |= {"precision": job.precision}
     search: dict[str, Any] = {"sampler": "tpe", "pruner": "median", "n_trials": job.n_trials}
     tables: dict[str, dict[str, Any]] = {
         "study": {"name": "bench", "seed": job.seed},

@@ -112,7 +112,7 @@ def _open_result(settings: Settings, material: Material) -> dict[str, Any]:
         "backbones": list(material.backbones),
         "epochs": settings.epochs,
         "device": settings.device,
-    }
+    } | ({} if settings.precision == "auto" else {"precision": settings.precision})
     if not settings.out.is_file():
         result: dict[str, Any] = {
             "case": NAME,
@@ -166,6 +166,7 @@ def _run_arm(
         n_trials=settings.n_trials(arm),
         minutes=settings.minutes,
         device=settings.device,
+        precision=settings.precision,
         folder=places["probe"],
     )
     plain = _find_plain(job, settings, result, space=space, arm=arm)

@@ -1,7 +1,8 @@
 """The arms of the search benchmark do the same work, each in its own way."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def make_job(material: Material, space: str, *, epochs: int = 3) -> ArmJob:
 def test_arms_are_those_of_the_command_line() -> None:
     """What can be asked for can be run."""
     assert tuple(ARMS) == ARM_NAMES
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_arms_compute_in_the_precision_that_is_asked(
+    material: Material, precision: Literal["auto", "float32", "bfloat16"], expected: torch.dtype
+) -> None:
+    """The plain script by autocast, tuner by its study file; on a CPU both compute in float32 by themselves."""
+    job = replace(make_job(material, "S2"), precision=precision)
+    with Trainer(describe_config(job)).autocast():
+        assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == expected
+    tables = make_tables(job, screen=0, views="fresh", prefix_cache="auto")
+    assert tables["training"]["precision"] == precision
 
 
 @pytest.mark.parametrize("space", ["S2", "S4"])
