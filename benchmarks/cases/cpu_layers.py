@@ -1,6 +1,6 @@
 """What do the faster ways of training some layers save on a CPU (``tuner/training/cpu_layers.py``)?
 
-Steps of forward, loss and backward on random images, 128 px, batch 16, by backbones of eight families with random
+Steps of forward, loss and backward on random images, 128 px, batch 16, by backbones of seven families with random
 weights, on one thread: the last two layer groups on maps of the frozen rest, and all layers. Each is timed in turn in
 four ways, in float32 and bfloat16, by torch's layers and by the faster ones. A regression: torch's layers are faster
 than the faster ones, summed up in either precision.

@@ -1,5 +1,6 @@
 """Where a worker's features come from: which are trusted, which are kept, and what makes room for whole models."""
 
+import sys
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_features_of_a_file_that_was_edited_are_computed_again(tmp_path: Path, m
 
     assert [start().name_use(precision="bfloat16") for _ in range(2)] == ["computed", "cached"]
     file.write_text(file.read_text() + "# edited\n")
+    monkeypatch.delitem(sys.modules, file.stem)  # as in a new process
     assert start().name_use(precision="bfloat16") == "computed"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -26,6 +27,8 @@ CREATED_WITH = "created_with"
 _WEIGHTS_ARGUMENTS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _SET_BY_STUDY = {"num_classes", "in_chans", *_WEIGHTS_ARGUMENTS}
 _PLAIN = (0.5, 0.5, 0.5)
+_own_code: dict[str, tuple[ModuleType, str]] = {}
+"""A user's modules by name, each with the SHA-256 of its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,7 @@ def find_own_function(name: str) -> Callable[..., Any]:
         raise ModelError(_unknown(name) + hint)
     try:
         module = importlib.import_module(module_name)
+        _remember_code(module_name, module)
     except Exception as error:
         what = f"must name a module that can be imported, got '{name}' ({first_line(error)})"
         raise ModelError(f"space.backbone: {what}") from error
@@ -176,17 +180,20 @@ def find_own_function(name: str) -> Callable[..., Any]:
 
 
 def hash_own_code(name: str) -> str:
-    """Return the SHA-256 of the file that a user's function is defined in; empty if there is none.
+    """Return the SHA-256 of the file of a user's module as it was when it was imported; empty if there is none.
 
     Raises:
         ModelError: If the function cannot be imported.
     """
-    function = inspect.unwrap(find_own_function(name))
-    try:
-        file = inspect.getsourcefile(function)
-    except TypeError:
-        return ""  # made by a library in C
-    return sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
+    find_own_function(name)
+    return _own_code[name.partition(":")[0]][1]
+
+
+def _remember_code(name: str, module: ModuleType) -> None:
+    """Read a module's file when it is imported: it may be edited while this process runs."""
+    if name not in _own_code or _own_code[name][0] is not module:
+        file = Path(getattr(module, "__file__", None) or "")
+        _own_code[name] = module, sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _check_own_classifier(name: str, model: nn.Module, n_classes: int) -> None:

@@ -16,10 +16,10 @@ from tuner.service.workbench import Workbench
 from tuner.training.head_features import (
     Head,
     NotCacheable,
-    agree,
     compute_features,
     find_linear_head,
     hash_body,
+    repeats,
     sample_features,
     verify_head,
 )
@@ -79,8 +79,7 @@ class FeatureBanks:
         expected = sample_features(twin, train, preprocessing, device, precision=precision)
         del twin  # before the model moves to the device: two may not fit
         found = sample_features(model, train, preprocessing, device, precision=precision)
-        is_same = torch.equal(found, expected) if device.type == "cpu" else agree(found, expected, device, precision)
-        if not is_same:
+        if not repeats(found, expected, device):
             raise NotCacheable("its weights are drawn anew for every trial")
         verify_head(model, train, preprocessing, device)
         self._model = params.backbone, model

@@ -23,7 +23,7 @@ from tuner.service.spending import Spending
 from tuner.service.workbench import Workbench
 from tuner.training.batches import find_dtype
 from tuner.training.device import MEMORY_FORMAT, is_out_of_memory, release_memory
-from tuner.training.head_features import NotCacheable, agree, take_sample
+from tuner.training.head_features import NotCacheable, agree, repeats, take_sample
 from tuner.training.prefix_maps import (
     CachedPrefix,
     check_rounded,
@@ -121,7 +121,7 @@ class PrefixBanks:
         preprocessing, device = self._bench.preprocess(params.backbone), self._bench.device
         precision, few = params.precision, take_sample(train)
         found = compute_maps(model, cut.prefix.partition, few, preprocessing, device, precision=precision).cpu()
-        if not agree(found, cut.sample, device, precision):
+        if not repeats(found, cut.sample, device):
             raise NotCacheable("its frozen layers are not the same in all trials")
         return self._open_maps(params, model, cut)
 

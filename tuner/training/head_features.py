@@ -24,7 +24,7 @@ Head = nn.Linear | nn.Conv2d
 N_TRIED = 8
 """Images on which a backbone's parts are compared with the whole."""
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Largest difference, over the largest value, of what is computed in a type."""
+"""Largest difference, over the largest value, of what is computed in a type; the last is TF32's as well."""
 _MAX_NOISE = 0.25
 """Largest difference of what whole networks compute in bfloat16, over what images differ by, both root mean squares:
 MobileNets with ImageNet weights were up to 0.12 off their own float32, and one value up to 0.32 of the largest."""
@@ -141,6 +141,22 @@ def take_sample(images: ImageSet, n_images: int = N_TRIED) -> ImageSet:
     """Return the first images."""
     few = slice(n_images)
     return replace(images, pixels=images.pixels[few], labels=images.labels[few], rows=images.rows[few])
+
+
+def spread_sample(images: ImageSet) -> ImageSet:
+    """Return eight images from all over the set: neighbours may look alike, as those of a film do."""
+    few = torch.linspace(0, len(images.labels) - 1, min(N_TRIED, len(images.labels))).long()
+    at_labels = few.to(images.labels.device)
+    places = at_labels if images.positions is None else images.positions[at_labels]
+    pixels = images.pixels[places.to(images.pixels.device)]
+    return replace(images, pixels=pixels, labels=images.labels[at_labels], rows=images.rows[few], positions=None)
+
+
+def repeats(found: Tensor, expected: Tensor, device: torch.device) -> bool:
+    """Whether the same computation, with weights made anew, gave the same: all bits on a CPU."""
+    if device.type == "cpu":
+        return torch.equal(found, expected)
+    return bool((found - expected).abs().max() <= _TOLERANCES[torch.bfloat16] * expected.abs().max())
 
 
 def find_rounding(device: torch.device, precision: Precision, dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ from tuner.training.loop import TrainingJob
 from tuner.training.memory import MemoryNeed
 from tuner.training.memory_meter import list_tensors, name_processor
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def describe_training(job: TrainingJob, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tuner.models.backbone import Preprocessing
 from tuner.models.partition import Bridge, Partition
 from tuner.training.batches import build_normaliser, find_dtype, gather_rows, list_eval_batches, take_batch
 from tuner.training.device import autocast, computes_in_bfloat16, seed_everything
-from tuner.training.head_features import N_TRIED, NotCacheable, agree, keeping_buffers, show_view, take_sample
+from tuner.training.head_features import N_TRIED, NotCacheable, agree, keeping_buffers, show_view, spread_sample
 from tuner.trial import Precision
 
 _N_APART = 3
@@ -139,7 +139,7 @@ def check_rounded(
     Raises:
         NotCacheable: If they differ by more than that type's rounding.
     """
-    few = take_sample(images)
+    few = spread_sample(images)
     exact = compute_maps(model, partition, few, preprocessing, device, precision="float32", view=view)
     rounded = compute_maps(model, partition, few, preprocessing, device, precision="bfloat16", view=view)
     if not agree(rounded.to(torch.bfloat16), exact, device, "bfloat16"):

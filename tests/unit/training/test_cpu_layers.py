@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tuner.training.compiling import Compiler
 from tuner.training.cpu_layers import faster_layers
 from tuner.training.device import autocast
 from tuner.training.loop import take_steps
@@ -158,6 +160,35 @@ def test_what_is_frozen_computes_as_ever() -> None:
     assert watch.count("convolution") == 2
 
 
+def test_a_layer_may_be_called_as_torchs_own() -> None:
+    """By name, with an image that is no batch, and with the channels first."""
+    pixel, strided = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 3, 3, stride=2, groups=3)
+    for layer, precision in ((pixel, "float32"), (strided, "bfloat16")):
+        for images in (make_images(), make_images()[0], make_images().contiguous()):
+            expected = layer(images)
+            with faster_layers(layer, CPU, precision):  # type: ignore[arg-type]
+                assert torch.allclose(layer(input=images), expected, atol=1e-6)
+
+
+def test_what_comes_of_float32_is_in_the_type_of_autocast() -> None:
+    """A residual stream is in float32, and so is what a suffix is fed."""
+    layer = nn.Conv2d(3, 3, 3, stride=2, groups=3)
+    with faster_layers(layer, CPU, "bfloat16"), autocast(CPU, "bfloat16"), Watch() as watch:
+        assert layer(make_images()).dtype == torch.bfloat16
+    assert watch.seen == [("convolution", torch.float32)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")  # a user's backbone may be
+def test_layers_that_bear_no_hooks_are_left_alone() -> None:
+    """Scripted ones; and nothing is left on a parameter that an activation hands on."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.script(nn.ReLU()), nn.ReLU6())
+    place = nn.Parameter(make_images())
+    with faster_layers(model, CPU, "float32"):
+        model(make_images()).sum().backward()
+        nn.ReLU(inplace=False)(place)
+    assert not place._backward_hooks
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_layers_are_put_back(fails: bool) -> None:
     """Also after an error; a copy made meanwhile computes with weights of its own."""
@@ -179,6 +210,7 @@ def test_other_layers_are_left_alone() -> None:
     vars(changed)["forward"] = own = lambda inputs: inputs
     for layer in (
         Centred(3, 3, 1),
+        torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)),
         changed,
         nn.Conv2d(3, 3, 3),
         nn.Conv2d(3, 3, 1, stride=2),
@@ -205,4 +237,14 @@ def test_trials_train_so() -> None:
         next(steps)
     steps.close()
     assert watch.count("convolution_backward") == 1
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+
+
+def test_compiled_trials_keep_their_layers() -> None:
+    """Compiled code is made of what they are."""
+    model = Layers()
+    steps = take_steps(replace(make_job(model), compiler=Compiler(print, lambda run: run)))
+    with Watch() as watch:
+        next(steps)
+    steps.close()
+    assert watch.count("convolution_backward") > 1

@@ -74,7 +74,7 @@ def prepare(name: str, params: TrialParams) -> nn.Module:
         study=StudySection(name="s"),
         data=DataSection(source="digits", image_size=SIZE),
         space={"backbone": Choices(choices=(name,))},
-        backbones={name: BackboneSection(weights="random", kwargs=ALL[name])},
+        backbones={name: BackboneSection(weights="random", kwargs=ALL.get(name, {}))},
     )
     return stir(prepare_model(replace(params, backbone=name), spec, N_CLASSES, None)).double()
 
@@ -207,6 +207,14 @@ def test_maps_that_bfloat16_does_not_hold_are_refused() -> None:
         check_rounded(net, partition, TRAIN, PREPROCESSING, CPU, view=None)
     frozen, partition = cut(prepare("resnet18", params).float(), params)
     check_rounded(frozen, partition, TRAIN, PREPROCESSING, CPU, view=None)
+
+
+def test_a_suffix_that_begins_with_a_strided_kernel_is_the_whole_model_in_bfloat16() -> None:
+    """Where it is fed float32 it computes on in bfloat16, as the whole model does."""
+    params = make_deep_params(**PLAIN, precision="bfloat16")
+    model = prepare("mobilenetv1_100", params).float()
+    whole, on_maps = (list_losses(train(model, params, maps)) for maps in (None, keep_maps(model, params)))
+    assert on_maps == whole
 
 
 def list_losses(run: Run) -> list[float]:
