@@ -49,7 +49,7 @@ def _find_faster(module: nn.Module, *, in_bfloat16: bool) -> Callable[[Any, Tens
     """Return how a layer trains faster than by its own forward pass, if there is such a way."""
     if not isinstance(module, nn.Conv2d) or "forward" in vars(module):  # somebody has changed it already
         return None
-    if not isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter):  # made anew in each forward pass
+    if "weight" not in dict(module.named_parameters(recurse=False)):  # it is made anew in each forward pass
         return None
     is_pixel = module.kernel_size == module.stride == (1, 1) and module.padding in ((0, 0), "same", "valid")
     if type(module) is nn.Conv2d and is_pixel and module.groups == 1:

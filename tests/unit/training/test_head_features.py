@@ -1,6 +1,7 @@
 """The input of a head, and which models it is not enough for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from tuner.training.head_features import (
     find_linear_head,
     hash_body,
     put_head,
+    repeats,
     sample_features,
+    spread_sample,
     verify_head,
 )
 
@@ -168,6 +171,29 @@ def test_agree_in_bfloat16_bears_a_value_that_is_far_off() -> None:
     found[0, 0] += 0.3 * rows.abs().max()
     assert agree(found, rows, CPU, "bfloat16")
     assert not agree(found, rows, CPU, "float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "on_cpu", "on_cuda"),
+    [(0.0, True, True), (0.02, False, True), (0.04, False, False), (torch.nan, False, False)],
+)
+def test_repeats_allows_no_difference_on_a_cpu(change: float, on_cpu: bool, on_cuda: bool) -> None:
+    """On CUDA the rounding of TF32 and bfloat16; another shape is never the same."""
+    expected = torch.tensor([[0.5, -1.0]])
+    found = expected + torch.tensor([[change, 0.0]])
+    assert repeats(found, expected, CPU) is on_cpu
+    assert repeats(found, expected, torch.device("cuda")) is on_cuda
+    assert not repeats(found[0], expected, torch.device("cuda"))
+
+
+def test_spread_sample_takes_images_from_all_over_the_set() -> None:
+    """Also where they lie apart in memory."""
+    images = make_images(100)
+    assert spread_sample(images).rows.tolist() == [0, 14, 28, 42, 56, 70, 84, 99]
+    assert torch.equal(spread_sample(images).pixels[3], images.pixels[42])
+    backwards = replace(images, positions=torch.arange(100).flip(0))
+    assert torch.equal(spread_sample(backwards).pixels[3], images.pixels[57])
+    assert len(spread_sample(make_images(3)).pixels) == 3
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"])
