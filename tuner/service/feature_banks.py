@@ -19,10 +19,10 @@ from tuner.training.head_features import (
     compute_features,
     find_linear_head,
     hash_body,
-    repeats,
     sample_features,
     verify_head,
 )
+from tuner.training.rounding import repeats
 from tuner.trial import TrialParams
 
 

@@ -20,7 +20,8 @@ from tuner.service.messages import Coordinator, report_progress
 from tuner.service.workbench import Workbench
 from tuner.spec.own_code import is_users_code
 from tuner.training.device import computes_in_bfloat16
-from tuner.training.head_features import NotCacheable, agree
+from tuner.training.head_features import NotCacheable
+from tuner.training.rounding import agree
 
 _FORMAT = 1
 """Raised when the same key would give other features."""

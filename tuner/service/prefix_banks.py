@@ -23,7 +23,7 @@ from tuner.service.spending import Spending
 from tuner.service.workbench import Workbench
 from tuner.training.batches import find_dtype
 from tuner.training.device import MEMORY_FORMAT, is_out_of_memory, release_memory
-from tuner.training.head_features import NotCacheable, agree, repeats, take_sample
+from tuner.training.head_features import NotCacheable, take_sample
 from tuner.training.prefix_maps import (
     CachedPrefix,
     check_rounded,
@@ -34,6 +34,7 @@ from tuner.training.prefix_maps import (
     show_few,
     verify_partition,
 )
+from tuner.training.rounding import agree, repeats
 from tuner.trial import TrialParams
 
 

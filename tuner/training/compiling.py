@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tuner.training.device import is_device_lost, release_memory
-from tuner.training.head_features import agree, find_rounding, keeping_buffers
+from tuner.training.head_features import keeping_buffers
+from tuner.training.rounding import agree, find_rounding
 from tuner.trial import Precision
 
 Run = Callable[[Tensor], Tensor]

@@ -16,7 +16,8 @@ from tuner.models.backbone import Preprocessing
 from tuner.models.partition import Bridge, Partition
 from tuner.training.batches import build_normaliser, find_dtype, gather_rows, list_eval_batches, take_batch
 from tuner.training.device import autocast, computes_in_bfloat16, seed_everything
-from tuner.training.head_features import N_TRIED, NotCacheable, agree, keeping_buffers, show_view, spread_sample
+from tuner.training.head_features import N_TRIED, NotCacheable, keeping_buffers, show_view, spread_sample
+from tuner.training.rounding import agree
 from tuner.trial import Precision
 
 _N_APART = 3

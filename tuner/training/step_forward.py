@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from tuner.training.compiling import Compiler, Run, keeping_draws
 from tuner.training.device import MEMORY_FORMAT
-from tuner.training.head_features import agree, keeping_buffers
+from tuner.training.head_features import keeping_buffers
+from tuner.training.rounding import agree
 from tuner.trial import Precision
 
 
