@@ -4,10 +4,13 @@ import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from benchmarks.harness import describe_provenance, find_place
 from benchmarks.search_spaces import SEARCH_SPACES
+
+if TYPE_CHECKING:
+    from tuner.trial import Precision
 
 NAME = "search_speed"
 ARM_NAMES = ("A", "B", "D", "D-no-screen", "D-fresh", "D-plain", "D-no-prefix")
@@ -32,7 +35,7 @@ class Settings:
     """Instead of the pilot's."""
     pilot: bool
     device: str
-    precision: Literal["auto", "float32", "bfloat16"]
+    precision: "Precision"
     """Of all arms."""
     dataset: str
     image_size: int

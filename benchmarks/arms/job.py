@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.material import Material
 from benchmarks.search_spaces import SearchSpace
+
+if TYPE_CHECKING:
+    from tuner.trial import Precision
 
 Line = dict[str, Any]
 """A finished trial: seconds since the start, number, state, value (of a complete one), epochs, screen, recipe."""
@@ -25,7 +28,7 @@ class ArmJob:
     """After them the run is ended; what it had finished counts."""
     device: str
     """``auto``, ``cpu`` or ``cuda:0``."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: "Precision" = "auto"
     """Of forward passes; auto is bfloat16 on CUDA alone."""
     folder: Path
     """Empty; caches, databases and logs of this run go there."""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from benchmarks.study_file import write_study_file
 from tuner import load_spec
 from tuner.models.layers import group_layers
 from tuner.search.distributions import check_group_counts, make_distributions, resolve_params
+from tuner.trial import Precision
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_arms_are_those_of_the_command_line() -> None:
     ("precision", "expected"), [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
 )
 def test_arms_compute_in_the_precision_that_is_asked(
-    material: Material, precision: Literal["auto", "float32", "bfloat16"], expected: torch.dtype
+    material: Material, precision: Precision, expected: torch.dtype
 ) -> None:
     """The plain script by autocast, tuner by its study file; on a CPU both compute in float32 by themselves."""
     job = replace(make_job(material, "S2"), precision=precision)

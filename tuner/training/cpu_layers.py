@@ -21,8 +21,8 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU,
 def faster_layers(model: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
     """Let layers of a model train in faster ways, on a CPU; what needs no gradient is computed as ever.
 
-    - A convolution with a kernel of one pixel becomes a matrix product: oneDNN lays its weights out anew in every step,
-      which takes much of its time where maps are small.
+    - A convolution with a kernel of one pixel becomes the matrix product that it is: faster where maps are small and
+      weights many, level elsewhere.
     - The gradient of a pooled map comes down with its channels first, in which the layers below would read it slowly.
     - In bfloat16 a depthwise convolution is computed in float32, but for the kind that oneDNN has a fast gradient for.
 
@@ -85,7 +85,7 @@ def _needs_gradient(convolution: nn.Conv2d, inputs: Tensor) -> bool:
 def _keep_layout(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
     """Have the gradient of a layer's output lie in memory as the output does."""
     is_map = isinstance(output, Tensor) and output.ndim == 4 and output.grad_fn is not None
-    if is_map and torch.is_grad_enabled() and output.is_contiguous(memory_format=MEMORY_FORMAT):
+    if is_map and output.is_contiguous(memory_format=MEMORY_FORMAT):
         output.register_hook(_lay_channels_last)
 
 
