@@ -9,7 +9,6 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tuner.data.image_set import ImageSet
 from tuner.models.backbone import Preprocessing
@@ -17,14 +16,13 @@ from tuner.models.layers import freeze_layers, group_layers
 from tuner.training.batches import (
     count_batches,
     find_dtype,
-    gather_rows,
     shuffle_batches,
     start_order,
 )
 from tuner.training.checkpoint import Checkpoint, CheckpointFile, MovingParts
 from tuner.training.compiling import Compiler
 from tuner.training.cpu_layers import faster_layers
-from tuner.training.device import MEMORY_FORMAT, autocast, seed_everything
+from tuner.training.device import MEMORY_FORMAT, seed_everything
 from tuner.training.dropout import dropping_inputs, start_dropout
 from tuner.training.epoch_numbers import (
     average_losses,
@@ -33,6 +31,7 @@ from tuner.training.epoch_numbers import (
     tell_bad_validation,
     weigh_classes,
 )
+from tuner.training.gradients import Gradients
 from tuner.training.inputs import Source, find_inputs
 from tuner.training.metrics import Scores, score_logits
 from tuner.training.optimizer import build_optimizer
@@ -182,8 +181,9 @@ class _Training:
             generators={"order": self._order, "dropout": self.dropout},
             device=job.device,
         )
-        self.inputs = find_inputs(_describe_source(job, self._order), job.cached)
-        self._forward = StepForward(
+        source = _describe_source(job, self._order)
+        self.inputs = find_inputs(source, job.cached)
+        forward = StepForward(
             self._model,
             self.inputs.forward,
             params.backbone,
@@ -192,9 +192,12 @@ class _Training:
             dropout=self.dropout,
             compiler=job.compiler,
         )
-        self._class_weights = None
+        class_weights = None
         if params.class_weights == "balanced":
-            self._class_weights = weigh_classes(job.train.labels, job.train.n_classes).to(job.device, self._dtype)
+            class_weights = weigh_classes(job.train.labels, job.train.n_classes).to(job.device, self._dtype)
+        self._gradients = Gradients(
+            source, self.inputs, forward, class_weights=class_weights, micro_batch=job.micro_batch
+        )
         self.n_images = min(n_batches * params.batch_size, len(job.train.labels))
         """Training images of one epoch."""
 
@@ -224,39 +227,10 @@ class _Training:
 
     def _take_step(self, rows: Tensor) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
-        draws = self.inputs.draw(rows)  # for the whole batch, also where it is taken in parts
-        labels = gather_rows(self._job.train.labels, rows, self._job.device)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._add_gradients(rows, draws, labels, self._job.micro_batch or len(rows))
+        loss = self._gradients.make(rows)
         self._optimizer.step()
         self._schedule.step()
         return loss
-
-    def _add_gradients(self, rows: Tensor, draws: Tensor | None, labels: Tensor, micro_batch: int) -> Tensor:
-        """Make the gradients of a batch from those of its parts; return the batch's mean loss.
-
-        The loss is a mean that is weighted by the images' classes, so a part counts by its images' weights.
-        """
-        weights = torch.ones(len(rows), device=self._job.device, dtype=self._dtype)
-        if self._class_weights is not None:
-            weights = self._class_weights[labels]
-        total = torch.zeros((), device=self._job.device, dtype=self._dtype)
-        for start in range(0, len(rows), micro_batch):
-            part = slice(start, start + micro_batch)
-            inputs = self.inputs.take(rows[part], None if draws is None else draws[part])
-            with autocast(self._job.device, self._job.params.precision):
-                logits = self._forward(inputs)
-            loss = functional.cross_entropy(
-                logits.to(self._dtype),
-                labels[part],
-                weight=self._class_weights,
-                label_smoothing=self._job.params.label_smoothing,
-            )
-            if micro_batch < len(rows):
-                loss = loss * (weights[part].sum() / weights.sum())
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
 
 
 def _describe_source(job: TrainingJob, order: torch.Generator) -> Source:
