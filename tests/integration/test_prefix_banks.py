@@ -18,10 +18,14 @@ from tuner.data.locks import is_mapped
 from tuner.service import earlier_cuts, open_banks, prefix_banks, prefix_payoff
 from tuner.service.admission import Admission, DoesNotFit
 from tuner.service.messages import EpochDone, Train, Verdict
+from tuner.spec.sizes import parse_size
 from tuner.training.head_features import N_TRIED
 from tuner.training.loop import TrainingJob
+from tuner.training.memory import MemoryLine, MemoryNeed
+from tuner.training.memory_needs import MemoryNeeds
 from tuner.training.prefix_cost import PrefixCost
 from tuner.training.prefix_maps import compute_maps
+from tuner.training.step_graphs import Step, StepGraphs
 from tuner.trial import TrialParams
 
 DEEP = replace(HEAD, backbone=f"{OWN}:deep", unfrozen_layers=2, epochs=3)
@@ -394,3 +398,33 @@ def test_finished_trials_leave_no_model_behind(tmp_path: Path) -> None:
     gc.collect()
     assert len(kept) == 2  # the trial's and its twin
     assert all(each() is None for each in kept)
+
+
+@pytest.mark.parametrize(("need", "limit"), [("100 MB", "1 GB"), ("600 MB", "1 GB"), ("100 MB", None)])
+def test_steps_are_recorded_on_maps_where_memory_is_known_to_hold_them_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, need: str, limit: str | None
+) -> None:
+    """Not on images, whose steps are long; not where the record and a plain step might not fit together."""
+    line = MemoryLine(fixed_bytes=parse_size(need), bytes_per_image=0)
+    known = MemoryNeed(lines=(line,), gradient_bytes=0, scratch_bytes=0)
+    monkeypatch.setattr(MemoryNeeds, "find", lambda *_: known)
+    limits: dict[str, Any] = {} if limit is None else {"memory_limit": limit}
+    worker = start(tmp_path, **limits)
+    recorded: list[int] = []
+
+    def record(model: torch.nn.Module, step: Step, inputs: torch.Tensor, labels: torch.Tensor) -> Step:
+        recorded.append(inputs.ndim)
+        return step
+
+    worker.bench.graphs = StepGraphs(worker.notes.append, record)
+    long = replace(DEEP, batch_size=8, epochs=20, dropout=0.0)
+    assert train(worker, long) == "computed"
+    assert train(worker, replace(long, augmentation_strength=0.5), 1) == "none"
+    assert recorded == ([2] if (need, limit) == ("100 MB", "1 GB") else [])  # packed maps, one row for each image
+    assert worker.notes == []
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_steps_are_recorded_on_a_cuda_device_alone(tmp_path: Path, *, wanted: bool) -> None:
+    """The same study file serves both kinds of machines."""
+    assert start(tmp_path, cuda_graphs=wanted).bench.graphs is None

@@ -76,7 +76,7 @@ class Admission:
         """
         self._foreseen = foreseen = self._foresee(job)
         if foreseen is None:
-            return job
+            return replace(job, graphs=None)  # nobody knows whether what they hold fits besides
         need, batch_size = foreseen.need, job.params.batch_size
         may_split = not depends_on_batch(job.model, job.params.unfrozen_layers)
         limit = (foreseen.available - _RESERVED_BYTES) / (1 + _RESERVED_FRACTION)
@@ -87,11 +87,12 @@ class Admission:
             raise DoesNotFit(self._tell_misfit(job, format_bytes(need.predict(batch_size)), foreseen.available) + why)
         if planned == batch_size:
             self.usage = replace(self.usage, predicted_bytes=need.predict(batch_size))
-            return job
+            # A recorded step holds all that it takes, and an epoch's last batch takes as much again.
+            return job if 2 * need.predict(batch_size) <= limit else replace(job, graphs=None)
         predicted = need.predict(planned, adds_up=True)
         self.usage = replace(self.usage, micro_batch=planned, predicted_bytes=predicted)
         self._tell_split(job, planned, foreseen)
-        return replace(job, micro_batch=planned)
+        return replace(job, micro_batch=planned, graphs=None)
 
     def train(
         self, job: TrainingJob, file: CheckpointFile | None = None, saved: Checkpoint | None = None

@@ -9,7 +9,7 @@ import torch
 from tuner.data.memory import available_memory
 from tuner.service.messages import Probe, Probed
 from tuner.service.outcomes import comes_from_lost_device, first_line
-from tuner.training.device import release_memory
+from tuner.training.device import release_memory, wait_for
 from tuner.training.loop import TrainingJob, take_steps
 from tuner.trial import TrialParams
 
@@ -60,7 +60,7 @@ class StepProbe:
         n_images, started = 0, perf_counter()
         while perf_counter() - started < request.seconds:
             n_images += next(steps)
-        self._wait()
+        wait_for(self._device)
         speed = n_images / (perf_counter() - started)
         return Probed(images_per_second=speed, memory=tuple(self._list_memory()))
 
@@ -73,12 +73,8 @@ class StepProbe:
             self._steps = take_steps(self._make_job(params))
             for _ in range(_N_WARM_STEPS):
                 next(self._steps)
-            self._wait()
+            wait_for(self._device)
         return self._steps
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def _list_memory(self) -> Iterator[tuple[int, int]]:
         """Yield what this process holds of the host's memory and of the device's, with what is free there."""

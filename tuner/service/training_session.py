@@ -188,7 +188,7 @@ class TrainingSession:
         except DoesNotFit:
             if job.cached is None:
                 raise
-        job = replace(job, cached=None)  # out of the except block: its traceback held on to the maps
+        job = replace(job, cached=None, graphs=None)  # out of the except block: its traceback held on to the maps
         self._prefixes.release_memory()
         return self._admission.admit(job), None
 
@@ -204,7 +204,7 @@ class TrainingSession:
             return job, None
         cached, spending = found
         # Each suffix would be compiled anew, since torch compiles a class's code and each traced graph is a class.
-        return replace(job, cached=cached, compiler=None), spending
+        return replace(job, cached=cached, compiler=None, graphs=self._bench.graphs), spending
 
     def _repeat_trial(self, number: int, params: TrialParams, repeats: tuple[Repeat, ...]) -> TrialDone:
         """Train a trial several times; its report is of all validation images together."""

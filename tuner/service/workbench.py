@@ -19,6 +19,7 @@ from tuner.training.compiling import Compiler
 from tuner.training.package import Manifest, write_package
 from tuner.training.prepare import WeightsCache, prepare_model
 from tuner.training.pretrain import find_pretrained, pretrain_backbone
+from tuner.training.step_graphs import StepGraphs
 from tuner.trial import Repeat, TrialParams
 
 
@@ -32,6 +33,8 @@ class Workbench:
         self.device = _take_device(device, n_threads)
         self.compiler = Compiler(note) if spec.workers.torch_compile else None
         """Of all trials that train on images."""
+        self.graphs = StepGraphs(note) if spec.workers.cuda_graphs and self.device.type == "cuda" else None
+        """Of those that train on kept maps."""
         self._image_sets: dict[str, tuple[ImageSet, ImageSet]] = {}
         self._whole: tuple[str, ImageSet] | None = None
         self._weights = WeightsCache()

@@ -239,6 +239,8 @@ class WorkersSection(Section):
     """What frozen layers make of known images is kept: auto where it saves time, always where it is exact, or never."""
     torch_compile: bool = False
     """Compile each trial's model for its training steps; the first trial of each shape takes minutes longer."""
+    cuda_graphs: bool = False
+    """On CUDA, record the steps of trials on kept maps and launch each as one, where that is measured to save time."""
     stall_limit: Annotated[float, BeforeValidator(parse_duration)] = 300.0
     """Silence after which a worker counts as hanging: it is ended, replaced, and its trial queued again."""
     checkpoint_every: Annotated[float, BeforeValidator(parse_duration)] = 60.0

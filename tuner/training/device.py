@@ -100,6 +100,12 @@ def send_ahead(values: Tensor, device: torch.device) -> Tensor:
     )
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was asked for: a clock that is read before shows nothing of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators: torch's, which dropout and drop-path draw from, and those that a user's code may use.
 

@@ -8,10 +8,11 @@ from tuner.training.batches import find_dtype, gather_rows
 from tuner.training.device import autocast
 from tuner.training.inputs import Inputs, Source
 from tuner.training.step_forward import StepForward
+from tuner.training.step_graphs import Step, StepGraphs
 
 
 class Gradients:
-    """Makes the gradients of a trial's model, batch by batch."""
+    """Makes the gradients of a trial's model, batch by batch. Mutable: the first batch says which size is usual."""
 
     def __init__(
         self,
@@ -21,6 +22,8 @@ class Gradients:
         *,
         class_weights: Tensor | None,
         micro_batch: int | None,
+        graphs: StepGraphs | None,
+        n_steps: int,
     ) -> None:
         """Take what a step is made of.
 
@@ -30,10 +33,15 @@ class Gradients:
             forward: From that to logits.
             class_weights: Of the loss, on the device; None weighs all images alike.
             micro_batch: Images at a time; None takes a batch at once.
+            graphs: Records the steps of whole batches; None launches each kernel.
+            n_steps: Of the trial.
         """
         self._source, self._inputs, self._forward = source, inputs, forward
         self._class_weights, self._micro_batch = class_weights, micro_batch
         self._dtype = find_dtype(source.model)
+        self._graphs, self._n_steps = graphs, n_steps
+        self._n_rows: int | None = None
+        self._recorded: Step | None = None
 
     def make(self, rows: Tensor) -> Tensor:
         """Put a batch's gradients in place of those before; return its mean loss, on the device.
@@ -44,8 +52,20 @@ class Gradients:
         draws = self._inputs.draw(rows)  # for the whole batch, also where it is taken in parts
         labels = gather_rows(self._source.train.labels, rows, self._source.device)
         if self._micro_batch is None or self._micro_batch >= len(rows):
-            return self._make_whole(self._inputs.take(rows, draws), labels)
+            inputs = self._inputs.take(rows, draws)
+            return self._find_step(inputs, labels)(inputs, labels)
         return self._add_parts(rows, draws, labels, self._micro_batch)
+
+    def _find_step(self, inputs: Tensor, labels: Tensor) -> Step:
+        """Return the step of a whole batch: the recorded one, if there is one for as many rows."""
+        source = self._source
+        if self._n_rows is None:
+            self._n_rows = len(inputs)
+            if self._graphs is not None:
+                self._recorded = self._graphs.find(
+                    source.model, self._make_whole, inputs, labels, source.params, n_steps=self._n_steps
+                )
+        return self._make_whole if self._recorded is None or len(inputs) != self._n_rows else self._recorded
 
     def _make_whole(self, inputs: Tensor, labels: Tensor) -> Tensor:
         self._source.model.zero_grad(set_to_none=True)

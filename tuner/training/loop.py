@@ -38,6 +38,7 @@ from tuner.training.optimizer import build_optimizer
 from tuner.training.prefix_maps import CachedPrefix
 from tuner.training.schedule import build_schedule
 from tuner.training.step_forward import StepForward
+from tuner.training.step_graphs import StepGraphs
 from tuner.trial import EpochResult, TrialParams
 
 
@@ -63,6 +64,9 @@ class TrainingJob:
     drop-path) is drawn for each part: the same in distribution alone, as any other seed is."""
     compiler: Compiler | None = None
     """Compiles the model for its training steps; None trains it as it is."""
+    graphs: StepGraphs | None = None
+    """Records the steps of whole batches as CUDA graphs, if the head drops none of its inputs: those draws come from a
+    generator that a graph knows nothing of. None launches each kernel."""
 
 
 def train_epochs(
@@ -196,7 +200,13 @@ class _Training:
         if params.class_weights == "balanced":
             class_weights = weigh_classes(job.train.labels, job.train.n_classes).to(job.device, self._dtype)
         self._gradients = Gradients(
-            source, self.inputs, forward, class_weights=class_weights, micro_batch=job.micro_batch
+            source,
+            self.inputs,
+            forward,
+            class_weights=class_weights,
+            micro_batch=job.micro_batch,
+            graphs=job.graphs if params.dropout == 0 else None,
+            n_steps=params.epochs * n_batches,
         )
         self.n_images = min(n_batches * params.batch_size, len(job.train.labels))
         """Training images of one epoch."""

@@ -197,6 +197,7 @@ def _shrink(job: TrainingJob, batch_size: int) -> TrainingJob:
         cached=_shrink_maps(job.cached, 2 * batch_size, n_val),
         micro_batch=None,
         compiler=None,
+        graphs=None,
     )
 
 

@@ -12,6 +12,7 @@ from tuner.data.image_set import ImageSet
 from tuner.models.backbone import Preprocessing
 from tuner.models.partition import Partition
 from tuner.training.batches import gather_rows, list_eval_batches
+from tuner.training.device import wait_for
 from tuner.training.head_features import take_sample
 from tuner.training.prefix_maps import compute_maps, find_map_dtype
 from tuner.trial import Precision
@@ -105,14 +106,9 @@ def _time(work: Callable[[], Tensor], device: torch.device) -> float:
     """Return the shortest time of a few tries, in seconds."""
     seconds: list[float] = []
     while len(seconds) < _N_TIMED and sum(seconds) < _LONG_SECONDS:
-        _wait_for(device)
+        wait_for(device)
         start = time.perf_counter()
         work()
-        _wait_for(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,0 +1,181 @@
+"""CUDA graphs on request: a short training step recorded once and launched as one, where that is measured to pay."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from tuner.training.compiling import keeping_draws
+from tuner.training.device import is_device_lost, is_out_of_memory, release_memory, wait_for
+from tuner.training.head_features import keeping_buffers
+from tuner.training.rounding import repeats
+from tuner.trial import Precision, TrialParams
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""From a batch's inputs and labels to its mean loss; it puts the batch's gradients in place of those before."""
+Record = Callable[[nn.Module, Step, Tensor, Tensor], Step]
+"""From a model, a step of it and a batch to what does the same with batches of that shape."""
+
+_LEAST_STEPS = 100
+"""Trials with fewer are not recorded: recording and comparing take as long as several steps, timing as long as 20."""
+_LEAST_RETURN = 2.0
+"""How many times what recording takes a trial must be expected to save: it may be pruned before its end."""
+_N_TIMED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gain:
+    """What recording the steps of one trial brought, as others of its shape may expect it."""
+
+    record_seconds: float
+    """What recording and comparing took."""
+    saved_seconds: float
+    """In each step; below 0 where recorded ones are slower."""
+
+
+class StepGraphs:
+    """Records the steps of a worker's trials. Mutable: it knows what that brought, and what it has given up.
+
+    A step of a few small layers is hundreds of kernels of some microseconds each, which the host launches more slowly
+    than the device computes them. Forward pass, loss and backward pass are recorded; batches are chosen and weights
+    moved outside. A graph holds the addresses of one trial's weights, so each trial is recorded anew.
+    """
+
+    def __init__(self, note: Callable[[str], None], record: Record | None = None) -> None:
+        """Record nothing yet.
+
+        Args:
+            note: Told in one line which backbone's steps are not recorded, and why.
+            record: Default: ``record_graph``.
+        """
+        self._note, self._record = note, record or record_graph
+        self._given_up: set[str] = set()
+        self._gains: dict[tuple[str, int, int, Precision], _Gain] = {}
+
+    def find(
+        self, model: nn.Module, step: Step, inputs: Tensor, labels: Tensor, params: TrialParams, *, n_steps: int
+    ) -> Step | None:
+        """Return a trial's step as it is recorded, if that does the same and is expected to save time.
+
+        Nothing but time is spent: buffers and generators are as before, gradients are None.
+
+        Args:
+            model: In train mode, frozen as the trial asks; on the inputs' device.
+            step: Of the model.
+            inputs: Of a whole batch.
+            labels: The batch's.
+            params: The trial's.
+            n_steps: That it has.
+
+        Raises:
+            RuntimeError: If the device is lost.
+        """
+        if params.backbone in self._given_up or not self._may_pay(params, n_steps):
+            return None
+        device, reason = inputs.device, ""
+        try:
+            with keeping_buffers(model), keeping_draws(device):
+                return self._find(model, step, inputs, labels, params)
+        except Exception as error:  # a user's backbone may do anything in its step, and only so much can be recorded
+            if is_device_lost(error) and not _answers(device):
+                raise
+            if not is_out_of_memory(error):
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        finally:
+            model.zero_grad(set_to_none=True)
+        release_memory(device)  # out of the except block: its traceback held on to tensors
+        if reason:
+            self._given_up.add(params.backbone)
+            self._note(f"{params.backbone} trains without CUDA graphs: {reason}")
+        return None
+
+    def _may_pay(self, params: TrialParams, n_steps: int) -> bool:
+        gain = self._gains.get(_describe(params))
+        if gain is None:
+            return n_steps >= _LEAST_STEPS
+        return gain.saved_seconds * n_steps > _LEAST_RETURN * gain.record_seconds
+
+    def _find(self, model: nn.Module, step: Step, inputs: Tensor, labels: Tensor, params: TrialParams) -> Step | None:
+        """Return the recorded step; None if it is not faster.
+
+        Raises:
+            ValueError: If it is another one.
+        """
+        key, started = _describe(params), perf_counter()
+        recorded = self._record(model, step, inputs, labels)
+        found, expected = (_try_step(each, model, inputs, labels) for each in (recorded, step))
+        if not all(repeats(*pair, inputs.device) for pair in zip(found, expected, strict=True)):
+            raise ValueError("its recorded steps are not those that it takes")
+        record_seconds = perf_counter() - started
+        if key not in self._gains:
+            plain, faster = (_time(each, inputs, labels) for each in (step, recorded))
+            self._gains[key] = _Gain(record_seconds=record_seconds, saved_seconds=plain - faster)
+        return recorded if self._gains[key].saved_seconds > 0 else None
+
+
+def record_graph(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -> Step:
+    """Record a step as a CUDA graph, whose loss and gradients lie in the same place each time.
+
+    Args:
+        model: On a CUDA device. Its buffers and generators move as by one step.
+        step: Of the model; it never waits for the device.
+        inputs: Of a whole batch.
+        labels: The batch's.
+
+    Returns:
+        The step, for batches of the same shape. Its loss is overwritten by the next.
+    """
+    device, kept_inputs, kept_labels = inputs.device, inputs.clone(), labels.clone()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step(kept_inputs, kept_labels)  # what libraries set up when they are called first cannot be recorded
+        model.zero_grad(set_to_none=True)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        loss = step(kept_inputs, kept_labels)
+    gradients = [(each, each.grad) for each in model.parameters() if each.grad is not None]
+
+    def replay(inputs: Tensor, labels: Tensor) -> Tensor:
+        kept_inputs.copy_(inputs)
+        kept_labels.copy_(labels)
+        graph.replay()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient  # a step that was not recorded may have put others there
+        return loss
+
+    return replay
+
+
+def _describe(params: TrialParams) -> tuple[str, int, int, Precision]:
+    """Return what trials have in common whose steps take the same time."""
+    return params.backbone, params.unfrozen_layers, params.batch_size, params.precision
+
+
+def _try_step(step: Step, model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a step's loss, and all its gradients in one row; leave buffers and generators as they were."""
+    with keeping_buffers(model), keeping_draws(inputs.device):
+        loss = step(inputs.clone(), labels).clone()  # activations may write into what they are given
+    return loss, torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+
+
+def _time(step: Step, inputs: Tensor, labels: Tensor) -> float:
+    """Return the mean time of a step, in seconds."""
+    inputs = inputs.clone()
+    wait_for(inputs.device)
+    started = perf_counter()
+    for _ in range(_N_TIMED):
+        step(inputs, labels)
+    wait_for(inputs.device)
+    return (perf_counter() - started) / _N_TIMED
+
+
+def _answers(device: torch.device) -> bool:
+    """Whether a device still computes: an error while a graph is recorded leaves most of them as they were."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
