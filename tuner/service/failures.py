@@ -91,16 +91,22 @@ class FailureCount:
         reason = Reason.STALLED if loss.is_stalled else Reason.WORKER_LOST
         return TrialOutcome(state=TrialState.FAIL, reason=reason, message=loss.message)
 
-    def count(self, origin: int, outcome: TrialOutcome) -> None:
+    def count(self, origin: int, outcome: TrialOutcome, *, is_screen: bool = False) -> None:
         """Count points that fail in a row, each once however often it is tried again.
 
         Args:
             origin: Number of the trial's first attempt.
             outcome: How this attempt ended.
+            is_screen: Whether it is of the screen, where one broken backbone fails often: the search does not hang on
+                that. One that ends well shows that workers live.
         """
-        if outcome.state is not TrialState.FAIL:
-            self._failed.clear()
+        is_well = outcome.state is not TrialState.FAIL
+        if is_well:
             self._idle_losses.clear()
+        if is_screen:
+            return
+        if is_well:
+            self._failed.clear()
         elif outcome.reason is not Reason.COHORT_LOST:  # those are tried again by themselves first
             self._failed.add(origin)
             if len(self._failed) == _MAX_FAILED_POINTS and self._end is None:

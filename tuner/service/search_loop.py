@@ -287,8 +287,7 @@ class SearchLoop:
         has_all_maps = done.usage.features != "none" and outcome.state is TrialState.COMPLETE  # of each epoch's view
         if has_all_maps and isinstance(self._supply, Supply):
             self._supply.mark_warm(params)
-        if not is_screen:  # one broken backbone fails often in a screen; the search does not hang on it
-            self._failures.count(origin, done.outcome)
+        self._failures.count(origin, done.outcome, is_screen=is_screen)
 
     def _show_idle(self, worker: Worker) -> None:
         """Have it shown that a worker has nothing left to do, if so it is."""

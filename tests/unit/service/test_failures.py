@@ -57,6 +57,20 @@ def test_check_counts_from_the_last_trial_that_ended_well() -> None:
         count_all(count, *((origin, fail()) for origin in range(4)), (9, end))
 
 
+def test_trials_of_the_screen_show_that_workers_live_and_nothing_else() -> None:
+    """However many of them fail, the search goes on; those that end well clear workers, not the points that failed."""
+    count = FailureCount("pets")
+    for origin in range(9):
+        count.count(origin, fail(), is_screen=True)
+    count_all(count, *((origin, fail()) for origin in range(10, 14)))
+    count.count_idle_loss("a", "first")
+    count.count_idle_loss("b", "second")
+    count.count(9, COMPLETE, is_screen=True)
+    count.count_idle_loss("c", "third")
+    with pytest.raises(SearchError, match="5 trials failed in a row"):
+        count_all(count, (14, fail()))
+
+
 def test_count_idle_loss_ends_a_run_whose_workers_cannot_live() -> None:
     """Three in a row; hours apart, with good trials in between, they are accidents."""
     count = FailureCount("pets")
