@@ -41,18 +41,18 @@ _PART_BYTES = 128 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CohortJob:
-    """Heads to train, and the features that they are trained on. Tensors are on the device."""
+    """Heads to train, and the features that they are trained on. Tensors are on the device unless told otherwise."""
 
     params: tuple[TrialParams, ...]
     """One trial each. They share all that decides their features, and what one computation cannot vary."""
     features: Callable[[int], Tensor]
     """From an epoch, counted from 1, to the training images' features, ``(n_train, n_features)``."""
     labels: Tensor
-    """int64, shape ``(n_train,)``."""
+    """int64, shape ``(n_train,)``, on any device: large sets of images stay on the host, and their labels with them."""
     val_features: Tensor
     """Shape ``(n_val, n_features)``; its type is that of the computation."""
     val_labels: Tensor
-    """int64, shape ``(n_val,)``."""
+    """int64, shape ``(n_val,)``, on any device."""
     n_classes: int
     weights: Tensor
     """Of the first heads, ``(n_trials, n_classes, n_features)``, on any device; not changed."""
@@ -109,12 +109,12 @@ def _check(job: CohortJob) -> None:
 
 
 def _train(job: CohortJob) -> Generator[CohortEpoch, frozenset[int] | None, None]:
-    cohort = _Cohort(job)
+    cohort, val_labels = _Cohort(job), job.val_labels.to(job.device)
     for epoch in range(1, job.params[0].epochs + 1):
         started = perf_counter()
         losses = cohort.run_epoch(job.features(epoch), epoch)
         train_seconds = perf_counter() - started
-        scores = score_stacked_logits(cohort.predict_part, job.val_labels, cohort.split_trials(len(job.val_labels)))
+        scores = score_stacked_logits(cohort.predict_part, val_labels, cohort.split_trials(len(val_labels)))
         seconds = (perf_counter() - started) / len(cohort.trials)
         val_seconds = seconds - train_seconds / len(cohort.trials)
         speed = cohort.n_images * len(cohort.trials) / train_seconds
@@ -144,6 +144,7 @@ class _Cohort:
         self.trials = list(range(len(job.params)))
         """Indices of those that train, in the order of the stacks."""
         n_train = len(job.labels)
+        self._labels = job.labels.to(job.device)
         self._sizes = [len(rows) for rows in torch.split(torch.arange(n_train), job.params[0].batch_size)]
         self._sizes = self._sizes[: count_batches(n_train, job.params[0].batch_size)]
         self.n_images = sum(self._sizes)
@@ -231,7 +232,7 @@ class _Cohort:
             gains = self._gains[part, None, None]
             logits = (inputs @ self._optimizer.weights[part].mT).mul_(gains).add_(self._optimizer.biases[part].mT)
             losses[part], slopes = differentiate_loss(
-                logits, self._job.labels[rows[part]], self._smoothing[part], self._class_weights
+                logits, self._labels[rows[part]], self._smoothing[part], self._class_weights
             )
             torch.sum(slopes.mT, dim=2, keepdim=True, out=bias_gradients[part])
             torch.bmm(slopes.mul_(gains).mT, inputs, out=weight_gradients[part])

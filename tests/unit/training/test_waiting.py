@@ -104,13 +104,14 @@ def test_training_step_that_waits_is_noticed(wait: Callable[[Tensor], Tensor]) -
 
 
 @pytest.mark.usefixtures("_fused_on_meta")
-def test_step_of_a_cohort_never_waits_for_the_device() -> None:
-    """Nor does the order of its epoch."""
+@pytest.mark.parametrize("labels_lie", ["meta", "cpu"])
+def test_step_of_a_cohort_never_waits_for_the_device(labels_lie: str) -> None:
+    """Nor does the order of its epoch; labels that lie on the host with their images are fetched once."""
     params = tuple(make_params(unfrozen_layers=1, seed=seed) for seed in range(3))
     job = CohortJob(
         params=params,
         features=lambda _: torch.rand(64, 5, device=META),
-        labels=torch.arange(64, device=META) % 2,
+        labels=torch.arange(64, device=labels_lie) % 2,
         val_features=torch.rand(8, 5, device=META),
         val_labels=torch.arange(8, device=META) % 2,
         n_classes=2,
