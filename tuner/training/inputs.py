@@ -134,8 +134,9 @@ class MapInputs:
     def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
         """Return packed maps: shape ``(n, width)``."""
         if self._maps is None:
+            images = self._images.take(rows, draws)  # not under autocast, which would move them in bfloat16
             with torch.no_grad(), autocast(self._source.device, self._source.params.precision):
-                return self._cached.partition.bind_prefix(self._source.model)(self._images.take(rows, draws))
+                return self._cached.partition.bind_prefix(self._source.model)(images)
         return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
 
     def predict(self, val: ImageSet) -> Tensor:
@@ -143,7 +144,7 @@ class MapInputs:
         source = self._source
         source.model.eval()
         with torch.no_grad(), autocast(source.device, source.params.precision):
-            batches = list_eval_batches(val, self._cached.val.device, source.eval_batch_size)
+            batches = list_eval_batches(val, source.device, source.eval_batch_size)
             taken = (gather_rows(self._cached.val, rows.to(self._cached.val.device), source.device) for rows in batches)
             return torch.cat([self.forward(maps).to(self._dtype) for maps in taken])
 

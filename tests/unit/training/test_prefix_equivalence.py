@@ -20,6 +20,7 @@ from tuner.spec.sections import BackboneSection, DataSection, StudySection, Stud
 from tuner.spec.space import Choices
 from tuner.training.batches import build_normaliser, find_dtype
 from tuner.training.head_features import NotCacheable
+from tuner.training.inputs import ImageInputs
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.metrics import Scores
 from tuner.training.prefix_maps import (
@@ -269,3 +270,20 @@ def test_a_cut_one_group_too_high_is_found_out() -> None:
 
     with pytest.raises(AssertionError):
         check("resnet18", PLAIN, keep)
+
+
+def test_epoch_without_maps_augments_its_images_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast their places would be computed in bfloat16, a third of a pixel off and more."""
+    params = replace(make_deep_params(**VIEWS), precision="bfloat16", epochs=1)
+    model = prepare("mobilenetv2_100", params)
+    seen: list[bool] = []
+    take = ImageInputs.take
+
+    def watch(self: ImageInputs, rows: Tensor, draws: Tensor | None) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return take(self, rows, draws)
+
+    monkeypatch.setattr(ImageInputs, "take", watch)
+    train(model, params, replace(keep_maps(model, params), train=lambda _: None))
+    assert seen
+    assert not any(seen)
