@@ -10,10 +10,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.test_head_training import HEAD, Desk
-from tuner.service import admission
-from tuner.service.messages import Started, Train, TrialDone
+from tuner.service import admission, training_session
+from tuner.service.messages import Prepare, Probe, Started, Train, TrialDone
 from tuner.service.study_data import read_study_data
 from tuner.service.training_session import TrainingSession
 from tuner.service.workbench import Workbench
@@ -186,3 +187,41 @@ def test_nothing_is_foreseen_on_a_cpu_with_memory_to_spare(
     assert " (free); smaller batches" in ends[0].outcome.message
     assert read_end(ends[1]) == ("COMPLETE", None)
     assert ends[1].usage.predicted_bytes is not None
+
+
+@pytest.mark.parametrize(("n_bytes", "raises"), [(90_000_000, False), (110_000_000, True), (900_000_000, True)])
+def test_what_a_neighbour_took_of_a_gpu_teaches_nothing(tmp_path: Path, n_bytes: int, *, raises: bool) -> None:
+    """A training that ran out below its prediction was not wrong; one above it needs at most twice what it had."""
+    bench, _ = make_bench(tmp_path, None)
+    judge = admission.Admission(bench)
+    job = replace(TrainingSession(bench, Desk())._make_job(WHOLE), device=torch.device("cuda"))
+    line = MemoryLine(fixed_bytes=100_000_000, bytes_per_image=0)
+    need = MemoryNeed(lines=(line,), gradient_bytes=0, scratch_bytes=0)
+    facts: dict[str, object] = {"backbone": "a test's", "image_size": 64}
+    judge._learn(job, admission._Foreseen(facts=facts, need=need, available=1_000_000_000), n_bytes)
+    found = MemoryNeeds().find(facts)
+    assert (found is not None) is raises
+    if found is not None:
+        assert found.predict(WHOLE.batch_size) == pytest.approx(min(2 * n_bytes, 1_000_000_000), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "request_", [Prepare(data_hash="", backbone=None), Probe(data_hash="", params=WHOLE, seconds=1.0)]
+)
+def test_worker_whose_device_is_lost_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Prepare | Probe
+) -> None:
+    """Whatever it was doing: another one takes over, and no bug is reported."""
+
+    def lose(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def end(error: Exception) -> None:
+        raise SystemExit(str(error))
+
+    session = TrainingSession(make_bench(tmp_path, None)[0], Desk())
+    monkeypatch.setattr(TrainingSession, "_decode_images", lose)
+    monkeypatch.setattr(session._probe, "measure", lose)
+    monkeypatch.setattr(training_session, "_give_up", end)
+    with pytest.raises(SystemExit, match="unspecified launch failure"):
+        session.prepare(request_.backbone) if isinstance(request_, Prepare) else session.probe(request_)

@@ -119,7 +119,8 @@ class Admission:
                 yield epoch
         except Exception as error:
             if is_out_of_memory(error):
-                self._learn(job, self._foreseen)
+                grown = growth.read()
+                self._learn(job, self._foreseen, None if grown is None else grown + held)
             raise
         finally:
             epochs.close()
@@ -185,11 +186,21 @@ class Admission:
             return None
         return find_ceiling(self._limit - held + _count_later(job))  # mapped files count as the process's data
 
-    def _learn(self, job: TrainingJob, foreseen: _Foreseen) -> None:
-        """Remember that a training took more than was foreseen, so that its like is not started."""
-        n_images = job.micro_batch or job.params.batch_size
-        need = foreseen.need.raised(n_images, foreseen.available, adds_up=job.micro_batch is not None)
-        self._needs.keep(foreseen.facts, need)
+    def _learn(self, job: TrainingJob, foreseen: _Foreseen, n_bytes: int | None) -> None:
+        """Remember that a training took more than was foreseen, so that its like is not started.
+
+        Args:
+            job: The training.
+            foreseen: What was known of it.
+            n_bytes: What it had taken when memory was out; None if nobody knows.
+        """
+        n_images, adds_up = job.micro_batch or job.params.batch_size, job.micro_batch is not None
+        n_lacking = foreseen.available
+        if job.device.type == "cuda" and n_bytes is not None:
+            if n_bytes <= foreseen.need.predict(n_images, adds_up=adds_up):
+                return  # another process on the device has taken what was free
+            n_lacking = min(n_lacking, 2 * n_bytes)  # or it may have taken some
+        self._needs.keep(foreseen.facts, foreseen.need.raised(n_images, n_lacking, adds_up=adds_up))
 
     # --- what is told ---
 

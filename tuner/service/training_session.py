@@ -66,6 +66,14 @@ class TrainingSession:
         Raises:
             DataError, ModelError, StorageError: If it cannot be had.
         """
+        try:
+            self._prepare(backbone)
+        except Exception as error:
+            if comes_from_lost_device(error):
+                _give_up(error)
+            raise
+
+    def _prepare(self, backbone: str | None) -> None:
         if backbone is None:
             self._decode_images()
         elif self._spec.pretraining is not None:
