@@ -135,7 +135,8 @@ def test_repeated_trial_trains_its_head_on_its_own_images(tmp_path: Path, n_fold
     keep = Verdict(keep=1, folder=str(folder))
     worker.desk.answer = lambda done: keep if done.results[0][1].epoch == 2 else Verdict()
     assert train(worker, replace(DEEPER, lr=1e-12), number=1, repeats=(repeat,)) != found
-    kept = read_package(folder, allow_code=True)[0]
+    kept, manifest = read_package(folder, allow_code=True)
+    assert manifest.provenance == {"device": "cpu", "computed_in": "float32"}  # of itself; the rest is the study's
     torch.testing.assert_close(kept.get_parameter("fc.weight").detach(), expected, rtol=1e-4, atol=1e-5)
 
 

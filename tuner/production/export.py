@@ -187,9 +187,10 @@ def _write_torch(folder: Path, source: _Source) -> tuple[str, ...]:
 
 
 def _note_precision(manifest: Manifest) -> tuple[str, ...]:
-    if manifest.params.precision != "bfloat16":
+    where = {"bfloat16": "", "auto": " on CUDA"}.get(manifest.params.precision)
+    if where is None or (where and manifest.provenance.get("computed_in") != "bfloat16"):
         return ()
-    return ("the graph computes in float32, 'tuner predict' in bfloat16: probabilities differ by its rounding",)
+    return (f"the graph computes in float32, 'tuner predict'{where} in bfloat16: probabilities differ by its rounding",)
 
 
 _WRITERS: dict[str, Callable[[Path, _Source], tuple[str, ...]]] = {

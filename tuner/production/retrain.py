@@ -37,7 +37,7 @@ from tuner.production.train_result import NO_TEST, TrainResult, add_result_files
 from tuner.search.samplers import derive_seed
 from tuner.service.study_data import StudyData
 from tuner.training.batches import predict_logits
-from tuner.training.device import computes_in_bfloat16
+from tuner.training.device import describe_computing
 from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_start import train_head
 from tuner.training.loop import TrainingJob, train_only
@@ -278,8 +278,7 @@ class _Retraining:
                 "trained_on": "train+val",
                 "data_hash": self._data.hash,
                 "split_counts": recipe.facts.split_counts,
-                "device": result.device,
-                "computed_in": "bfloat16" if computes_in_bfloat16(self._device, self._params.precision) else "float32",
+                **describe_computing(self._device, self._params.precision),
                 "n_threads": result.n_threads,
                 "versions": result.versions,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),

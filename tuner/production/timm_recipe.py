@@ -61,7 +61,7 @@ def express_recipe(manifest: Manifest, model: nn.Module) -> TimmRecipe:
 
 
 def _find_precision(manifest: Manifest) -> str:
-    """Return what the model was trained in: folders that a search kept, and older ones, tell the device alone."""
+    """Return what the model was trained in: older folders tell the device alone, or nothing."""
     was_on_cuda = str(manifest.provenance.get("device", "")).startswith("cuda")
     told = manifest.provenance.get("computed_in", "bfloat16" if was_on_cuda else "float32")
     return str(told) if manifest.params.precision == "auto" else manifest.params.precision

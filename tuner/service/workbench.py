@@ -16,6 +16,7 @@ from tuner.service.messages import Verdict
 from tuner.service.study_data import StudyData
 from tuner.spec.sections import BackboneSection, StudySpec
 from tuner.training.compiling import Compiler
+from tuner.training.device import describe_computing
 from tuner.training.package import Manifest, write_package
 from tuner.training.prepare import WeightsCache, prepare_model
 from tuner.training.pretrain import find_pretrained, pretrain_backbone
@@ -109,7 +110,7 @@ class Workbench:
             image_size=self.spec.data.image_size,
             resize=self.spec.data.resize,
             params=params,
-            provenance=verdict.provenance,
+            provenance=verdict.provenance | describe_computing(self.device, params.precision),
         )
         try:
             write_package(Path(verdict.folder), model, manifest)

@@ -19,6 +19,8 @@ _OUT_OF_MEMORY_WORDS = (
     "out of memory",
     "cannot allocate memory",
     "alloc_failed",  # cuBLAS and cuDNN
+    "cublas_status_not_initialized",  # cuBLAS, whose handle found no room
+    "unable to find an engine",  # cuDNN, whose kernels found none
     "could not create a primitive",  # oneDNN, whose scratch memory was refused
     "could not create a memory",
 )
@@ -52,6 +54,14 @@ def computes_in_bfloat16(device: torch.device, precision: Precision) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     return device.type == "cuda" and has_bfloat16_kernels(device)
+
+
+def describe_computing(device: torch.device, precision: Precision) -> dict[str, str]:
+    """Return where a model is trained and in what, as model folders tell it."""
+    return {
+        "device": str(device),
+        "computed_in": "bfloat16" if computes_in_bfloat16(device, precision) else "float32",
+    }
 
 
 @cache  # every step asks

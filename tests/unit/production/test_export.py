@@ -61,11 +61,15 @@ def export(
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch"])
-def test_graph_of_a_model_that_computes_in_bfloat16_says_that_it_does_not(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("told", [("bfloat16", {}), ("auto", {"device": "cuda:0", "computed_in": "bfloat16"})])
+def test_graph_of_a_model_that_computes_in_bfloat16_says_that_it_does_not(
+    tmp_path: Path, form: str, told: tuple[str, dict[str, str]]
+) -> None:
     """Its probabilities are not to the last digit those of ``tuner predict``."""
     place = write_model(tmp_path / "model", backbone="test_resnet", image_size=SIDE)
     manifest = json.loads((place / "model.json").read_text())
-    manifest["params"]["precision"] = "bfloat16"
+    manifest["params"]["precision"] = told[0]
+    manifest["provenance"] |= told[1]
     (place / "model.json").write_text(json.dumps(manifest))
     (note,) = export_model(place, tmp_path / "out", form=form).notes
     assert "computes in float32" in note
