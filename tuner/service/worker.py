@@ -122,7 +122,8 @@ def serve(line: Line) -> Never:
 
     bench = Workbench(spec, data, device=setup.device, n_threads=setup.n_threads, note=line.note)
     session = TrainingSession(bench, line)
-    line.send(Hello(cuda_devices=list_cuda_devices()))
+    # Asking for devices may take memory of a GPU.
+    line.send(Hello(cuda_devices=() if spec.workers.devices == ("cpu",) else list_cuda_devices()))
     while True:
         request = waiting.pop() if waiting else line.receive()
         match request:

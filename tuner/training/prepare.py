@@ -80,10 +80,16 @@ def keeps_head(spec: StudySpec, backbone: str) -> bool:
 
 
 def draw_head(model: nn.Module, seed: int) -> None:
-    """Draw a model's classifier from a seed, in place; one without ``reset_parameters`` stays as it is."""
+    """Draw a model's classifier from a seed, in place; one without ``reset_parameters`` stays as it is.
+
+    It is drawn on the CPU, wherever the model is: a device draws other numbers.
+    """
     seed_everything(seed)
     for name in find_classifiers(model):
-        _reset(model.get_submodule(name))
+        head = model.get_submodule(name)
+        twin = copy.deepcopy(head).cpu()
+        _reset(twin)
+        head.load_state_dict(twin.state_dict())
 
 
 def start_heads(head: nn.Linear | nn.Conv2d, seeds: Sequence[int], *, keep_head: bool = False) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,7 @@ class StepForward:
                 return False
             # Not the compiled model: it has been compared, and would be compiled once more for use without gradients.
             found = self._plain(fill_rows(inputs, self._n_rows))[: len(inputs)]
+            torch.clear_autocast_cache()  # of weights as they were cast without gradients
             return agree(found, expected, inputs.device, self._precision)
 
 
