@@ -1,7 +1,9 @@
 """CUDA graphs on request: a short training step recorded once and launched as one, where that is measured to pay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -119,7 +121,7 @@ def record_graph(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -
     """Record a step as a CUDA graph, whose loss and gradients lie in the same place each time.
 
     Args:
-        model: On a CUDA device. Its buffers and generators move as by one step.
+        model: On a CUDA device. Its buffers and generators move as by two steps.
         step: Of the model; it never waits for the device.
         inputs: Of a whole batch.
         labels: The batch's.
@@ -128,15 +130,16 @@ def record_graph(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -
         The step, for batches of the same shape. Its loss is overwritten by the next.
     """
     device, kept_inputs, kept_labels = inputs.device, inputs.clone(), labels.clone()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+    stream, graph = _find_stream(device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # also around the recording, which when it fails does not go back by itself
         step(kept_inputs, kept_labels)  # what libraries set up when they are called first cannot be recorded
+        with _refusing_to_wait():  # a recording that fails may cost the worker, a step that fails does not
+            step(kept_inputs, kept_labels)
         model.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            loss = step(kept_inputs, kept_labels)
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        loss = step(kept_inputs, kept_labels)
     gradients = [(each, each.grad) for each in model.parameters() if each.grad is not None]
 
     def replay(inputs: Tensor, labels: Tensor) -> Tensor:
@@ -148,6 +151,23 @@ def record_graph(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -
         return loss
 
     return replay
+
+
+@cache  # libraries keep memory for each stream that they have seen
+def _find_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that a device's steps are recorded on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's own
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Have torch raise where the host would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _describe(params: TrialParams) -> tuple[str, int, int, Precision]:
@@ -174,8 +194,9 @@ def _time(step: Step, inputs: Tensor, labels: Tensor) -> float:
 
 
 def _answers(device: torch.device) -> bool:
-    """Whether a device still computes: an error while a graph is recorded leaves most of them as they were."""
+    """Whether a device still computes and its memory can be had: a recording that fails may cost both."""
     try:
+        release_memory(device)
         return torch.ones(1, device=device).item() == 1
     except RuntimeError:
         return False
