@@ -40,6 +40,7 @@ WORKER_SIDE = {
     "outcomes",
     "step_probe",
     "study_data",
+    "verified_cuts",
 }
 TORCH_ROOMS = {"data", "models", "training", "production"} | {f"service.{name}" for name in WORKER_SIDE}
 OUTSIDE = {

@@ -1,7 +1,7 @@
 """What lone trials train on in a worker, if that saves time: maps of the frozen prefix, computed once and kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +10,17 @@ from tuner.data.cache import budget_bytes
 from tuner.data.feature_store import FeatureBank
 from tuner.data.image_set import ImageSet
 from tuner.data.views import View, find_view, list_views
-from tuner.models.layers import freeze_layers
-from tuner.models.partition import partition_model
 from tuner.models.tracing import NotSeparable
 from tuner.models.weights import draws_weights
-from tuner.service.earlier_cuts import EarlierCut, EarlierCuts, Prefix, is_late
+from tuner.service.earlier_cuts import EarlierCut, EarlierCuts, Prefix
 from tuner.service.messages import Coordinator
 from tuner.service.open_banks import BankRequest, NoRoom, OpenBanks
 from tuner.service.outcomes import comes_from_lost_device, first_line
 from tuner.service.prefix_payoff import Payoff
 from tuner.service.spending import Spending
+from tuner.service.verified_cuts import Cut, VerifiedCuts, make_ready
 from tuner.service.workbench import Workbench
-from tuner.training.batches import find_dtype
-from tuner.training.device import MEMORY_FORMAT, is_out_of_memory, release_memory
+from tuner.training.device import is_out_of_memory, release_memory
 from tuner.training.head_features import NotCacheable, take_sample
 from tuner.training.prefix_maps import (
     CachedPrefix,
@@ -30,30 +28,18 @@ from tuner.training.prefix_maps import (
     compute_maps,
     continue_maps,
     find_map_dtype,
-    hash_prefix,
-    show_few,
-    verify_partition,
 )
 from tuner.training.rounding import agree, repeats
 from tuner.trial import TrialParams
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cut:
-    """A backbone's cut, verified: its prefix is the same in all trials."""
-
-    prefix: Prefix
-    sample: Tensor
-    """What it makes of a few images, on the CPU."""
-
-
 class PrefixBanks:
-    """Maps by backbone, cut and view. Mutable: it knows the cuts that it has tried."""
+    """Maps by backbone, cut and view. Mutable: it knows the cuts that it has tried, and whom it has told of."""
 
     def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
         self._bench = bench
         self._banks = OpenBanks(bench, coordinator)
-        self._cuts: dict[tuple[str, int], _Cut | None] = {}
+        self._cuts = VerifiedCuts(bench)
         self._payoff = Payoff(bench, self._banks)
         self._refused: set[tuple[str, int]] = set()
         self._earlier = EarlierCuts(bench)
@@ -109,9 +95,9 @@ class PrefixBanks:
         self, params: TrialParams, model: nn.Module, n_sharing: float | None
     ) -> tuple[CachedPrefix, Spending] | None:
         """Return the same; without a number of sharing trials whether it pays or not."""
-        if (cut := self._find_cut(params, model)) is None:
+        if (cut := self._cuts.find(params, model)) is None:
             return None
-        self._freeze(model, params)
+        make_ready(model, params, self._bench.device)
         is_always = self._bench.spec.workers.prefix_cache == "always"
         if n_sharing is not None and not is_always:
             by_view, val = self._list_requests(params, model, cut)
@@ -130,7 +116,7 @@ class PrefixBanks:
         """Say why a trial trains on images: all of its cut do so from now on, but for want of room."""
         key = params.backbone, params.unfrozen_layers
         if not may_pass:
-            self._cuts[key] = None
+            self._cuts.give_up(params)
         if key not in self._refused:
             self._refused.add(key)
             self._bench.note(
@@ -138,51 +124,10 @@ class PrefixBanks:
                 f"epoch: {reason}"
             )
 
-    # --- the cut ---
-
-    def _find_cut(self, params: TrialParams, model: nn.Module) -> _Cut | None:
-        """Return the cut of a recipe, verified against the whole model when it is first used.
-
-        Raises:
-            NotSeparable, NotCacheable: If it has no prefix, or not exactly the same in all trials.
-        """
-        key = params.backbone, params.unfrozen_layers
-        if key not in self._cuts:
-            freeze_layers(model, params.unfrozen_layers)
-            if all(parameter.requires_grad for parameter in model.parameters()):
-                self._cuts[key] = None
-                return None
-            self._cuts[key] = self._verify_cut(params, model)
-        return self._cuts[key]
-
-    def _verify_cut(self, params: TrialParams, model: nn.Module) -> _Cut | None:
-        train, device = self._load_images(params)[0], self._bench.device
-        preprocessing = self._bench.preprocess(params.backbone)
-        twin = self._freeze(self._bench.make_model(replace(params, seed=params.seed ^ 1)), params)
-        partition = partition_model(twin, show_few(train, preprocessing, device, find_dtype(twin)))
-        if self._bench.spec.workers.prefix_cache != "always" and not is_late(self._bench, partition):
-            return None
-        weights_hash = hash_prefix(twin, partition)
-        verify_partition(twin, partition, train, preprocessing, device)
-        few = take_sample(train)
-        expected = compute_maps(twin, partition, few, preprocessing, device, precision=params.precision).cpu()
-        del twin  # before the model moves to the device: two may not fit
-        self._freeze(model, params)
-        if hash_prefix(model, partition) != weights_hash:
-            raise NotCacheable("its frozen layers are drawn anew for every trial")
-        return _Cut(prefix=Prefix(partition=partition, weights_hash=weights_hash), sample=expected)
-
-    def _freeze(self, model: nn.Module, params: TrialParams) -> nn.Module:
-        model.to(self._bench.device).to(memory_format=MEMORY_FORMAT)
-        freeze_layers(model, params.unfrozen_layers)
-        return model
-
     def _load_images(self, params: TrialParams) -> tuple[ImageSet, ImageSet]:
         return self._bench.load_images(self._bench.preprocess(params.backbone).interpolation)
 
-    # --- its maps ---
-
-    def _open_maps(self, params: TrialParams, model: nn.Module, cut: _Cut) -> tuple[CachedPrefix, Spending]:
+    def _open_maps(self, params: TrialParams, model: nn.Module, cut: Cut) -> tuple[CachedPrefix, Spending]:
         spending = Spending()
         requests, val_request = self._list_requests(params, model, cut)
         if not all(map(self._banks.is_at_hand, (val_request, *requests.values()))):
@@ -212,7 +157,7 @@ class PrefixBanks:
         return cached, spending
 
     def _list_requests(
-        self, params: TrialParams, model: nn.Module, cut: _Cut
+        self, params: TrialParams, model: nn.Module, cut: Cut
     ) -> tuple[dict[View | None, BankRequest], BankRequest]:
         """Return the banks of a trial: of its training images by view, and of its validation images."""
         train = {view: self._request(params, model, cut.prefix, "train", view) for view in list_views(params)}
