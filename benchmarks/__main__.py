@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 from benchmarks.cases import (
     cpu_layers,
@@ -28,6 +29,7 @@ from benchmarks.harness import describe, measure, save
 from benchmarks.material import IMAGES_VARIABLE, WEIGHTS_VARIABLE
 from benchmarks.search_settings import NAME as SEARCH_SPEED
 from benchmarks.search_settings import add_options
+from benchmarks.tables import write_tables
 
 CASES = {
     case.name: case
@@ -63,6 +65,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--smoke", action="store_true", help="seconds, with tiny data; keeps nothing")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the tables of README.md and benchmarks/README.md, and do nothing"
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="instead of the case's own number")
     parser.add_argument("--images", metavar="DIR", help=f"data sets as zip files [{IMAGES_VARIABLE}]")
     parser.add_argument("--weights", metavar="DIR", help=f"weights with a JSON file each [{WEIGHTS_VARIABLE}]")
@@ -77,6 +82,9 @@ def main(arguments: list[str]) -> int:
         if given:
             os.environ[variable] = given
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that arms are ended and folders removed
+    if options.readme:
+        write_tables(Path(__file__).parents[1], CASES)
+        return 0
     cases = CASES | {faults.CASE.name: faults.read_options(options)}
     for name in options.cases or known:
         if name in OWN_RESULTS:

@@ -144,14 +144,14 @@ def describe_summary(result: dict[str, Any]) -> str:
             entry["space"],
             entry["arm"],
             str(entry["n_runs"]) + (f" ({entry['n_busy']} while others worked)" if entry["n_busy"] else ""),
-            _cell(entry["trials_per_hour"], ".0f"),
-            _cell(entry["steady_trials_per_hour"], ".0f"),
-            _cell(entry["median_epochs"], ".1f"),
-            _cell(entry["seconds_to_target"], ".1f", " s", n_censored=entry["n_censored"]),
-            _cell(entry["best"], ".4f"),
-            _cell(entry["refit_best"], ".4f"),
-            _cell(ratios.get("trials_per_hour"), ".2f", "x"),
-            _time_cell(ratios.get("time_to_target")),
+            describe_spread(entry["trials_per_hour"], ".0f"),
+            describe_spread(entry["steady_trials_per_hour"], ".0f"),
+            describe_spread(entry["median_epochs"], ".1f"),
+            describe_times(entry),
+            describe_spread(entry["best"], ".4f"),
+            describe_spread(entry["refit_best"], ".4f"),
+            describe_spread(ratios.get("trials_per_hour"), ".2f", "x"),
+            describe_ratio(ratios.get("time_to_target")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     floors = [
@@ -163,7 +163,8 @@ def describe_summary(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *floors[:1]])
 
 
-def _cell(spread: list[float | None] | None, form: str, unit: str = "", *, n_censored: int = 0) -> str:
+def describe_spread(spread: list[float | None] | None, form: str, unit: str = "", *, n_censored: int = 0) -> str:
+    """Return a median and its range as a cell of a table; nothing where there is none."""
     if spread is None:
         return ""
     middle, low, high = (">run" if value is None else f"{value:{form}}{unit}" for value in spread)
@@ -171,8 +172,16 @@ def _cell(spread: list[float | None] | None, form: str, unit: str = "", *, n_cen
     return middle + (f" ({low} to {high}{censored})" if low != high or censored else "")
 
 
-def _time_cell(compared: dict[str, Any] | None) -> str:
+def describe_times(entry: dict[str, Any]) -> str:
+    """Return an arm's time to target as a cell of a table."""
+    if entry["n_censored"] == entry["n_runs"]:
+        return "not reached"
+    return describe_spread(entry["seconds_to_target"], ".1f", " s", n_censored=entry["n_censored"])
+
+
+def describe_ratio(compared: dict[str, Any] | None) -> str:
+    """Return how many times sooner a target was reached as a cell of a table; nothing where nobody knows."""
     if not compared:
         return ""
-    bounds = f", {compared['n_bounds']} are bounds" if compared["n_bounds"] else ""
-    return _cell(compared["ratio"], ".2f", "x") + bounds
+    bounds = f", {compared['n_bounds']} of {compared['n']} are bounds" if compared["n_bounds"] else ""
+    return describe_spread(compared["ratio"], ".2f", "x") + bounds

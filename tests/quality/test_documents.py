@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import tuner
+from benchmarks.__main__ import CASES
+from benchmarks.tables import BEGIN, END, make_tables
 from tuner.cli.main import cli
 from tuner.spec import sections
 from tuner.spec.space import PARAMETERS
@@ -31,6 +33,13 @@ def test_readme_lists_every_module_of_the_file_tree() -> None:
     there = {path.stem for path in (ROOT / "tuner").rglob("*.py")} - {"__init__", "__main__"}
     assert listed >= there, f"missing: {sorted(there - listed)}"
     assert listed - there <= {"harness"}, f"gone: {sorted(listed - there)}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_tables_of_measurements_are_those_of_the_result_files(name: str) -> None:
+    """Nobody types a number there: ``python -m benchmarks --readme`` writes them."""
+    written = (ROOT / name).read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert written == make_tables(CASES)[name]
 
 
 def test_ci_is_the_test_command_of_the_readme() -> None:
