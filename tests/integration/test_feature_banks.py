@@ -269,3 +269,24 @@ def test_bfloat16_on_a_cpu_without_instructions_for_it_is_told(tmp_path: Path, m
         monkeypatch.setattr(describing, "lacks_bfloat16", lambda lacks=lacks: lacks)
         notes = describe_study(spec, data, timed=True).notes
         assert any("this CPU has no instructions for it" in note for note in notes) is lacks
+
+
+@pytest.mark.parametrize(
+    ("precision", "image_size", "has_units", "is_told"),
+    [
+        ("auto", 96, True, True),
+        ("auto", 96, False, False),
+        ("auto", 32, True, False),
+        ("float32", 96, True, False),
+        ("bfloat16", 96, True, False),
+    ],
+)
+def test_matrix_units_of_a_cpu_are_told_to_whoever_leaves_the_precision_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, image_size: int, *, has_units: bool, is_told: bool
+) -> None:
+    """Nothing changes by itself: which units a machine has would decide what a study finds."""
+    monkeypatch.setattr(describing, "multiplies_in_bfloat16", lambda: has_units)
+    training = {"backbone": HEAD.backbone, "epochs": 2, "precision": precision}
+    spec, data = read_study(tmp_path, training=training, data=DATA | {"image_size": image_size})
+    notes = describe_study(spec, data, timed=False).notes
+    assert any("this CPU has matrix units for bfloat16" in note for note in notes) is is_told

@@ -73,11 +73,21 @@ def has_bfloat16_kernels(device: torch.device) -> bool:
 
 def lacks_bfloat16(cpu: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this machine's CPU is known to have no instructions for bfloat16: of those that Linux tells of."""
+    flags = _read_flags(cpu)
+    return bool(flags) and flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # the last is ARM's
+
+
+def multiplies_in_bfloat16(cpu: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's CPU is known to have matrix units for bfloat16 (Intel's AMX)."""
+    return "amx_bf16" in _read_flags(cpu)
+
+
+def _read_flags(cpu: Path) -> set[str]:
+    """Return what a CPU can do by Linux's names, among other words; nothing where no file tells."""
     try:
-        flags = set(cpu.read_text(encoding="utf-8").split())
+        return set(cpu.read_text(encoding="utf-8").split())
     except OSError:
-        return False
-    return flags.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # the last is ARM's
+        return set()
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:

@@ -13,6 +13,7 @@ from tuner.training.device import (
     has_bfloat16_kernels,
     is_out_of_memory,
     lacks_bfloat16,
+    multiplies_in_bfloat16,
     seed_everything,
 )
 from tuner.trial import Precision
@@ -70,20 +71,24 @@ def test_computes_in_bfloat16_by_itself_where_cuda_has_kernels_for_it(
 
 
 @pytest.mark.parametrize(
-    ("flags", "lacks"),
+    ("flags", "lacks", "multiplies"),
     [
-        ("flags : fpu sse4_2 avx512f amx_bf16", False),
-        ("flags : avx512_bf16", False),
-        ("Features : fp asimd bf16", False),
-        ("flags : fpu sse4_2 avx512f", True),
+        ("flags : fpu sse4_2 avx512f amx_bf16", False, True),
+        ("flags : avx512_bf16", False, False),
+        ("Features : fp asimd bf16", False, False),
+        ("flags : fpu sse4_2 avx512f", True, False),
     ],
 )
-def test_lacks_bfloat16_knows_the_instructions_by_linux_names(tmp_path: Path, flags: str, lacks: bool) -> None:
-    """Where no file tells, nothing is known to be missing."""
+def test_instructions_for_bfloat16_are_known_by_linux_names(
+    tmp_path: Path, flags: str, *, lacks: bool, multiplies: bool
+) -> None:
+    """Where no file tells, nothing is known to be missing, nor to be there."""
     place = tmp_path / "cpuinfo"
     assert not lacks_bfloat16(place)
+    assert not multiplies_in_bfloat16(place)
     place.write_text(f"processor : 0\n{flags}\n")
     assert lacks_bfloat16(place) is lacks
+    assert multiplies_in_bfloat16(place) is multiplies
 
 
 def test_seed_everything_repeats_the_global_draws() -> None:
