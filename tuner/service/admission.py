@@ -41,6 +41,8 @@ class _Foreseen:
     need: MemoryNeed
     available: int
     """Bytes that it may take, its model included."""
+    foreign: int
+    """Bytes of the device that were not this process's; on a CPU 0."""
 
 
 class Admission:
@@ -86,9 +88,11 @@ class Admission:
             why = "" if may_split else ", and its BatchNorm trains on whole batches"
             raise DoesNotFit(self._tell_misfit(job, format_bytes(need.predict(batch_size)), foreseen.available) + why)
         if planned == batch_size:
-            self.usage = replace(self.usage, predicted_bytes=need.predict(batch_size))
+            predicted = need.predict(batch_size)
             # A recorded step holds all that it takes, and an epoch's last batch takes as much again.
-            return job if 2 * need.predict(batch_size) <= limit else replace(job, graphs=None)
+            may_record = job.graphs is not None and 2 * predicted <= limit
+            self.usage = replace(self.usage, predicted_bytes=2 * predicted if may_record else predicted)
+            return job if may_record else replace(job, graphs=None)
         predicted = need.predict(planned, adds_up=True)
         self.usage = replace(self.usage, micro_batch=planned, predicted_bytes=predicted)
         self._tell_split(job, planned, foreseen)
@@ -119,8 +123,7 @@ class Admission:
                 yield epoch
         except Exception as error:
             if is_out_of_memory(error):
-                grown = growth.read()
-                self._learn(job, self._foreseen, None if grown is None else grown + held)
+                self._learn(job, self._foreseen)
             raise
         finally:
             epochs.close()
@@ -151,7 +154,7 @@ class Admission:
             if need is None:
                 raise DoesNotFit(self._tell_misfit(job, "even a few images at a time more than all", available))
             self._needs.keep(facts, need)
-        return _Foreseen(facts=facts, need=need, available=available)
+        return _Foreseen(facts=facts, need=need, available=available, foreign=_count_foreign(job.device))
 
     def _give_up(self, job: TrainingJob, error: Exception) -> None:
         """Say once that trainings of a backbone are not foreseen: they may run out of memory."""
@@ -186,21 +189,16 @@ class Admission:
             return None
         return find_ceiling(self._limit - held + _count_later(job))  # mapped files count as the process's data
 
-    def _learn(self, job: TrainingJob, foreseen: _Foreseen, n_bytes: int | None) -> None:
+    def _learn(self, job: TrainingJob, foreseen: _Foreseen) -> None:
         """Remember that a training took more than was foreseen, so that its like is not started.
 
-        Args:
-            job: The training.
-            foreseen: What was known of it.
-            n_bytes: What it had taken when memory was out; None if nobody knows.
+        Nothing is learnt where it may be another process that has taken the memory meanwhile, or the recorded steps.
         """
-        n_images, adds_up = job.micro_batch or job.params.batch_size, job.micro_batch is not None
-        n_lacking = foreseen.available
-        if job.device.type == "cuda" and n_bytes is not None:
-            if n_bytes <= foreseen.need.predict(n_images, adds_up=adds_up):
-                return  # another process on the device has taken what was free
-            n_lacking = min(n_lacking, 2 * n_bytes)  # or it may have taken some
-        self._needs.keep(foreseen.facts, foreseen.need.raised(n_images, n_lacking, adds_up=adds_up))
+        if job.graphs is not None or _count_foreign(job.device) > foreseen.foreign + _RESERVED_BYTES:
+            return
+        n_images = job.micro_batch or job.params.batch_size
+        need = foreseen.need.raised(n_images, foreseen.available, adds_up=job.micro_batch is not None)
+        self._needs.keep(foreseen.facts, need)
 
     # --- what is told ---
 
@@ -227,3 +225,11 @@ class Admission:
 def _count_later(job: TrainingJob) -> int:
     """Return the bytes of maps that a job will open while it trains."""
     return 0 if job.cached is None else job.cached.later_bytes
+
+
+def _count_foreign(device: torch.device) -> int:
+    """Return the bytes of a CUDA device that torch has not reserved in this process; on a CPU 0."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
