@@ -183,5 +183,5 @@ def describe_ratio(compared: dict[str, Any] | None) -> str:
     """Return how many times sooner a target was reached as a cell of a table; nothing where nobody knows."""
     if not compared:
         return ""
-    bounds = f", {compared['n_bounds']} of {compared['n']} are bounds" if compared["n_bounds"] else ""
+    bounds = f", {compared['n_bounds']} of {compared['n']} as bounds" if compared["n_bounds"] else ""
     return describe_spread(compared["ratio"], ".2f", "x") + bounds
