@@ -34,7 +34,7 @@ from tuner.trial import TrialParams
 
 
 class PrefixBanks:
-    """Maps by backbone, cut and view. Mutable: it knows the cuts that it has tried, and whom it has told of."""
+    """Maps by backbone, cut and view. Mutable: it knows which cuts it has refused, and has said so."""
 
     def __init__(self, bench: Workbench, coordinator: Coordinator) -> None:
         self._bench = bench

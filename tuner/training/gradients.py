@@ -40,7 +40,7 @@ class Gradients:
         self._class_weights, self._micro_batch = class_weights, micro_batch
         self._dtype = find_dtype(source.model)
         self._graphs, self._n_steps = graphs, n_steps
-        self._n_rows: int | None = None
+        self._usual: tuple[torch.Size, torch.dtype] | None = None
         self._recorded: Step | None = None
 
     def make(self, rows: Tensor) -> Tensor:
@@ -49,6 +49,7 @@ class Gradients:
         Args:
             rows: Of the training images, int64, where they are.
         """
+        self._source.model.zero_grad(set_to_none=True)  # first: what is taken may need the memory
         draws = self._inputs.draw(rows)  # for the whole batch, also where it is taken in parts
         labels = gather_rows(self._source.train.labels, rows, self._source.device)
         if self._micro_batch is None or self._micro_batch >= len(rows):
@@ -57,25 +58,24 @@ class Gradients:
         return self._add_parts(rows, draws, labels, self._micro_batch)
 
     def _find_step(self, inputs: Tensor, labels: Tensor) -> Step:
-        """Return the step of a whole batch: the recorded one, if there is one for as many rows."""
+        """Return the step of a whole batch: the recorded one, if there is one for such inputs."""
         source = self._source
-        if self._n_rows is None:
-            self._n_rows = len(inputs)
+        usual = inputs.shape, inputs.dtype  # maps that are kept may be of another type than those that are not
+        if self._usual is None:
+            self._usual = usual
             if self._graphs is not None:
                 self._recorded = self._graphs.find(
                     source.model, self._make_whole, inputs, labels, source.params, n_steps=self._n_steps
                 )
-        return self._make_whole if self._recorded is None or len(inputs) != self._n_rows else self._recorded
+        return self._make_whole if self._recorded is None or usual != self._usual else self._recorded
 
     def _make_whole(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        self._source.model.zero_grad(set_to_none=True)
         loss = self._compute_loss(inputs, labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _add_parts(self, rows: Tensor, draws: Tensor | None, labels: Tensor, n_images: int) -> Tensor:
         """Add up the gradients of parts: the loss is a mean, weighted by classes, so a part counts by its weights."""
-        self._source.model.zero_grad(set_to_none=True)
         weights = torch.ones(len(rows), device=self._source.device, dtype=self._dtype)
         if self._class_weights is not None:
             weights = self._class_weights[labels]

@@ -34,4 +34,4 @@ def train_head(
         draw_head(job.model, recipe.seed)
     # Maps are of other layers and views. Where the trial is taken in parts, so is its head, which gives the same.
     micro_batch = None if job.micro_batch is None else min(job.micro_batch, recipe.batch_size)
-    train_only(replace(job, params=recipe, cached=None, micro_batch=micro_batch), on_epoch)
+    train_only(replace(job, params=recipe, cached=None, graphs=None, micro_batch=micro_batch), on_epoch)

@@ -84,16 +84,19 @@ class StepForward:
             return False
         draws = _list_draws(inputs.device, self._dropout)
         buffers = [buffer.clone() for buffer in self._model.buffers()]
-        with keeping_buffers(self._model), keeping_draws(inputs.device, self._dropout), torch.no_grad():
-            expected = self._plain(inputs.clone())
-            if any(map(_differ, draws, _list_draws(inputs.device, self._dropout))):
-                return False
-            if any(map(_differ, buffers, self._model.buffers())):
-                return False
-            # Not the compiled model: it has been compared, and would be compiled once more for use without gradients.
-            found = self._plain(fill_rows(inputs, self._n_rows))[: len(inputs)]
-            torch.clear_autocast_cache()  # of weights as they were cast without gradients
-            return agree(found, expected, inputs.device, self._precision)
+        try:
+            with keeping_buffers(self._model), keeping_draws(inputs.device, self._dropout), torch.no_grad():
+                expected = self._plain(inputs.clone())
+                if any(map(_differ, draws, _list_draws(inputs.device, self._dropout))):
+                    return False
+                if any(map(_differ, buffers, self._model.buffers())):
+                    return False
+                # Not the compiled model: it has been compared, and would be compiled once more for use without
+                # gradients.
+                found = self._plain(fill_rows(inputs, self._n_rows))[: len(inputs)]
+                return agree(found, expected, inputs.device, self._precision)
+        finally:
+            torch.clear_autocast_cache()  # of casts without gradients, which some versions of torch would use again
 
 
 def fill_rows(inputs: Tensor, n_rows: int) -> Tensor:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from tuner.training import step_graphs
 from tuner.training.cohort import CohortJob, train_cohort
 from tuner.training.epoch_numbers import Diverged
 from tuner.training.head_features import compute_features, put_head
 from tuner.training.head_start import train_head
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.prepare import start_heads
+from tuner.training.step_graphs import Step, StepGraphs
 from tuner.trial import HeadStart
 
 from .builders import CPU, PREPROCESSING, TinyNet, copy_state, make_job, make_net, make_params
@@ -55,6 +57,16 @@ def test_train_head_leaves_a_recipe_without_one_alone() -> None:
     train_head(job)
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in copy_state(job.model).items())
+
+
+def test_steps_of_a_head_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are on images, whose memory nobody has foreseen twice."""
+    monkeypatch.setattr(step_graphs, "_LEAST_STEPS", 0)
+
+    def refuse(*_: object) -> Step:
+        pytest.fail("recorded")
+
+    train_head(replace(make_started(head=HEAD | {"dropout": 0.0}), graphs=StepGraphs(pytest.fail, refuse)))
 
 
 def test_trained_head_is_better_than_a_new_one_after_the_first_epoch() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.training import step_graphs
+from tuner.training.head_features import keeping_buffers
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.step_graphs import Record, Step, StepGraphs
 
@@ -26,6 +27,7 @@ def record_in_place(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor
     def replay(inputs: Tensor, labels: Tensor) -> Tensor:
         kept_inputs.copy_(inputs)
         kept_labels.copy_(labels)
+        model.zero_grad(set_to_none=True)  # a graph does not add to what is there
         loss.copy_(step(kept_inputs, kept_labels))
         for parameter, gradient in gradients:
             assert parameter.grad is not None
@@ -47,7 +49,6 @@ def make_step(model: nn.Module) -> Step:
     """Return a step of a model on images."""
 
     def step(inputs: Tensor, labels: Tensor) -> Tensor:
-        model.zero_grad(set_to_none=True)
         loss = nn.functional.cross_entropy(model(inputs), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -140,8 +141,18 @@ def record_other_loss(model: nn.Module, step: Step, inputs: Tensor, labels: Tens
 
 def record_old_batch(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -> Step:
     """Record a step that forgets to take the next batch."""
-    other = torch.zeros_like(inputs)
-    return lambda _, labels: step(other, labels)
+    kept = inputs.clone()
+    return lambda _, labels: step(kept, labels)
+
+
+def record_still_buffers(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -> Step:
+    """Record a step that leaves the statistics of a BatchNorm as they are."""
+
+    def run(inputs: Tensor, labels: Tensor) -> Tensor:
+        with keeping_buffers(model):
+            return step(inputs, labels)
+
+    return run
 
 
 def record_added_gradients(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -> Step:
@@ -171,6 +182,7 @@ OTHER = "its recorded steps are not those that it takes"
     [
         (record_other_loss, OTHER),
         (record_old_batch, OTHER),
+        (record_still_buffers, OTHER),
         (record_added_gradients, OTHER),
         (fail_to_record, "CUDA error: operation not permitted when stream is capturing"),
     ],
@@ -255,8 +267,25 @@ def test_clock_tells_a_slow_step_from_a_fast_one(monkeypatch: pytest.MonkeyPatch
     inputs, labels = torch.rand(4, 3), torch.zeros(4)
     before = inputs.clone()
     step: Step = lambda inputs, _: inputs.mul_(2).sum()  # noqa: E731 - one line
-    assert step_graphs._time(slowed(step, 0.05), inputs, labels) > step_graphs._time(step, inputs, labels)
+    model = make_net()
+    assert step_graphs._time(slowed(step, 0.05), model, inputs, labels) > step_graphs._time(step, model, inputs, labels)
     assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize(("mistake", "agrees"), [(0.0, True), (0.02, True), (0.2, False)])
+@pytest.mark.parametrize("part", ["loss", "gradients", "buffers"])
+def test_steps_agree_tensor_by_tensor_on_a_device(part: str, mistake: float, *, agrees: bool) -> None:
+    """But for the order of sums; a large tensor does not hide a small one, unless that is nothing but rounding."""
+
+    def make(factor: float) -> step_graphs._Tried:
+        factors = {name: factor if name == part else 1.0 for name in ("loss", "gradients", "buffers")}
+        return step_graphs._Tried(
+            loss=torch.tensor(2.0) * factors["loss"],
+            gradients=[torch.ones(3), torch.full((2,), 0.01) * factors["gradients"], torch.full((2,), 1e-9) * factor],
+            buffers=[torch.tensor(10_000), torch.ones(2) * factors["buffers"]],
+        )
+
+    assert step_graphs._agree(make(1 + mistake), make(1.0), torch.device("cuda")) is agrees
 
 
 @pytest.mark.gpu
@@ -275,7 +304,7 @@ def test_cuda_records_a_step(options: dict[str, Any]) -> None:
 
         return counting_replay
 
-    plain = replace(make_job(epochs=2, precision="float32", **options), device=device)
-    recorded = replace(plain, model=make_net(), graphs=StepGraphs(pytest.fail, record))
-    assert train(recorded) == [pytest.approx(losses, rel=2e-2, abs=1e-3) for losses in train(plain)]
+    plain = replace(make_job(make_net().double(), epochs=2, **options), device=device)
+    recorded = replace(plain, model=make_net().double(), graphs=StepGraphs(pytest.fail, record))
+    assert train(recorded) == [pytest.approx(losses, rel=1e-6) for losses in train(plain)]
     assert len(used) == 2 * (64 // plain.params.batch_size) + 1

@@ -18,6 +18,7 @@ from tuner.data.image_set import ImageSet, move_to
 from tuner.training import cohort, loop
 from tuner.training.cohort import CohortJob
 from tuner.training.loop import TrainingJob, take_steps
+from tuner.training.step_graphs import set_sync_debug_mode
 
 from .builders import make_images, make_job, make_net, make_params
 
@@ -148,7 +149,7 @@ def test_training_step_has_channels_last_and_a_fused_optimizer(options: dict[str
 @pytest.fixture
 def _sync_is_an_error() -> Iterator[None]:
     yield
-    torch.cuda.set_sync_debug_mode("default")
+    set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -167,7 +168,7 @@ def test_training_step_never_waits_for_cuda(is_on_host: bool, optimizer: str, op
     steps = take_steps(job)
     for _ in range(5):  # an epoch and a step: what is tried once may wait
         next(steps)
-    torch.cuda.set_sync_debug_mode("error")
+    set_sync_debug_mode("error")
     for _ in range(8):
         next(steps)
     assert seen[-1].dtype == torch.bfloat16
