@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tuner.training.batches import find_dtype, gather_rows
+from tuner.training.batches import Rows, find_dtype, gather_rows
 from tuner.training.device import autocast
 from tuner.training.inputs import Inputs, Source
 from tuner.training.step_forward import StepForward
@@ -43,15 +43,11 @@ class Gradients:
         self._usual: tuple[torch.Size, torch.dtype] | None = None
         self._recorded: Step | None = None
 
-    def make(self, rows: Tensor) -> Tensor:
-        """Put a batch's gradients in place of those before; return its mean loss, on the device.
-
-        Args:
-            rows: Of the training images, int64, where they are.
-        """
+    def make(self, rows: Rows) -> Tensor:
+        """Put a batch's gradients in place of those before; return its mean loss, on the device."""
         self._source.model.zero_grad(set_to_none=True)  # first: what is taken may need the memory
         draws = self._inputs.draw(rows)  # for the whole batch, also where it is taken in parts
-        labels = gather_rows(self._source.train.labels, rows, self._source.device)
+        labels = gather_rows(self._source.train.labels, rows.here, self._source.device)
         if self._micro_batch is None or self._micro_batch >= len(rows):
             inputs = self._inputs.take(rows, draws)
             return self._find_step(inputs, labels)(inputs, labels)
@@ -74,7 +70,7 @@ class Gradients:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _add_parts(self, rows: Tensor, draws: Tensor | None, labels: Tensor, n_images: int) -> Tensor:
+    def _add_parts(self, rows: Rows, draws: Tensor | None, labels: Tensor, n_images: int) -> Tensor:
         """Add up the gradients of parts: the loss is a mean, weighted by classes, so a part counts by its weights."""
         weights = torch.ones(len(rows), device=self._source.device, dtype=self._dtype)
         if self._class_weights is not None:
@@ -82,7 +78,7 @@ class Gradients:
         total = torch.zeros((), device=self._source.device, dtype=self._dtype)
         for start in range(0, len(rows), n_images):
             part = slice(start, start + n_images)
-            inputs = self._inputs.take(rows[part], None if draws is None else draws[part])
+            inputs = self._inputs.take(rows.cut(start, n_images), None if draws is None else draws[part])
             loss = self._compute_loss(inputs, labels[part]) * (weights[part].sum() / weights.sum())
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

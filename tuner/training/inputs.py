@@ -12,6 +12,7 @@ from tuner.data.image_set import ImageSet
 from tuner.data.views import draw_view, find_view
 from tuner.models.backbone import Preprocessing
 from tuner.training.batches import (
+    Rows,
     build_normaliser,
     find_dtype,
     gather_rows,
@@ -33,14 +34,14 @@ class Inputs(Protocol):
     def start_epoch(self, epoch: int) -> None:
         """Show the training images as an epoch, from 1, does."""
 
-    def draw(self, rows: Tensor) -> Tensor | None:
+    def draw(self, rows: Rows) -> Tensor | None:
         """Return what the augmentation of a batch needs, one row for each image; None if there is none."""
 
-    def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
+    def take(self, rows: Rows, draws: Tensor | None) -> Tensor:
         """Return what some training images are fed as, on the device.
 
         Args:
-            rows: Which ones: a batch, or a part of one.
+            rows: Which ones.
             draws: Theirs, of ``draw`` for the whole batch.
         """
 
@@ -82,16 +83,18 @@ class ImageInputs:
             draws = draw_view(view.seed, train.rows, view=view.number, strength=view.strength)
             self._known_draws = send_ahead(draws, train.labels.device)
 
-    def draw(self, rows: Tensor) -> Tensor | None:
+    def draw(self, rows: Rows) -> Tensor | None:
         """Draw a batch's augmentation, or look it up."""
         if self._source.params.augmentation_strength == 0:
             return None
-        return draw_fresh(len(rows), self._source.order) if self._known_draws is None else self._known_draws[rows]
+        if self._known_draws is None:
+            return draw_fresh(len(rows), self._source.order)
+        return self._known_draws[rows.here]
 
-    def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
+    def take(self, rows: Rows, draws: Tensor | None) -> Tensor:
         """Return normalised images, augmented as the epoch asks: shape ``(n, 3, height, width)``."""
         source, params = self._source, self._source.params
-        pixels, _ = take_batch(source.train, rows, source.device, self._dtype)
+        pixels, _ = take_batch(source.train, rows.here, source.device, self._dtype)
         if draws is not None:
             pixels = augment(
                 pixels, draws, strength=params.augmentation_strength, horizontal_flip=params.horizontal_flip
@@ -127,17 +130,19 @@ class MapInputs:
         if self._maps is None:
             self._images.start_epoch(epoch)
 
-    def draw(self, rows: Tensor) -> Tensor | None:
+    def draw(self, rows: Rows) -> Tensor | None:
         """Look up a batch's view if its maps are not kept."""
         return self._images.draw(rows) if self._maps is None else None
 
-    def take(self, rows: Tensor, draws: Tensor | None) -> Tensor:
+    def take(self, rows: Rows, draws: Tensor | None) -> Tensor:
         """Return packed maps: shape ``(n, width)``."""
         if self._maps is None:
             images = self._images.take(rows, draws)  # not under autocast, which would move them in bfloat16
             with torch.no_grad(), autocast(self._source.device, self._source.params.precision):
                 return self._cached.partition.bind_prefix(self._source.model)(images)
-        return gather_rows(self._maps, rows.to(self._maps.device), self._source.device)
+        on_host = self._maps.device.type == "cpu"
+        where_they_lie = rows.host if on_host else send_ahead(rows.here, self._maps.device)
+        return gather_rows(self._maps, where_they_lie, self._source.device)
 
     def predict(self, val: ImageSet) -> Tensor:
         """Return the logits of the validation images."""

@@ -14,6 +14,7 @@ from tuner.data.image_set import ImageSet
 from tuner.models.backbone import Preprocessing
 from tuner.models.layers import freeze_layers, group_layers
 from tuner.training.batches import (
+    Rows,
     count_batches,
     find_dtype,
     shuffle_batches,
@@ -235,7 +236,7 @@ class _Training:
             self._take_step(rows)
             yield len(rows)
 
-    def _take_step(self, rows: Tensor) -> Tensor:
+    def _take_step(self, rows: Rows) -> Tensor:
         """Move the weights once; return the batch's mean loss, on the device."""
         loss = self._gradients.make(rows)
         self._optimizer.step()

@@ -20,8 +20,8 @@ def test_count_batches_leaves_out_a_last_batch_of_one(n_images: int, batch_size:
 def test_shuffle_batches_takes_every_image_once_in_a_drawn_order() -> None:
     """The order comes from the generator alone and changes from epoch to epoch."""
     images, generator = make_images(20), torch.Generator().manual_seed(3)
-    first, second = (torch.cat(shuffle_batches(images, 8, generator)) for _ in range(2))
-    again = torch.cat(shuffle_batches(images, 8, torch.Generator().manual_seed(3)))
+    first, second = (torch.cat([rows.here for rows in shuffle_batches(images, 8, generator)]) for _ in range(2))
+    again = torch.cat([rows.host for rows in shuffle_batches(images, 8, torch.Generator().manual_seed(3))])
     assert first.tolist() != second.tolist()
     assert first.tolist() == again.tolist()
     assert sorted(second.tolist()) == list(range(20))

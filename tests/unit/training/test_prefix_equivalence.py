@@ -18,7 +18,7 @@ from tuner.models.layers import freeze_layers
 from tuner.models.partition import Partition, build_bridge, partition_model
 from tuner.spec.sections import BackboneSection, DataSection, StudySection, StudySpec
 from tuner.spec.space import Choices
-from tuner.training.batches import build_normaliser, find_dtype
+from tuner.training.batches import Rows, build_normaliser, find_dtype
 from tuner.training.head_features import NotCacheable
 from tuner.training.inputs import ImageInputs
 from tuner.training.loop import TrainingJob, train_epochs
@@ -279,7 +279,7 @@ def test_epoch_without_maps_augments_its_images_as_others_do(monkeypatch: pytest
     seen: list[bool] = []
     take = ImageInputs.take
 
-    def watch(self: ImageInputs, rows: Tensor, draws: Tensor | None) -> Tensor:
+    def watch(self: ImageInputs, rows: Rows, draws: Tensor | None) -> Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
         return take(self, rows, draws)
 

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tuner.data.image_set import ImageSet, move_to
-from tuner.training import cohort, loop
+from tuner.models.layers import freeze_layers
+from tuner.models.partition import partition_model
+from tuner.training import cohort, inputs, loop
 from tuner.training.cohort import CohortJob
 from tuner.training.loop import TrainingJob, take_steps
+from tuner.training.prefix_maps import CachedPrefix
 from tuner.training.step_graphs import set_sync_debug_mode
 
-from .builders import make_images, make_job, make_net, make_params
+from .builders import SIZE, make_images, make_job, make_net, make_params
 
 META = torch.device("meta")
 
@@ -79,6 +82,27 @@ def test_training_step_never_waits_for_the_device(options: dict[str, Any]) -> No
     """Two epochs of steps, with all that an epoch begins with: order, draws, batches, loss, optimizer, schedule."""
     steps = take_steps(make_meta_job(**options))
     assert next(steps) > 0  # what a trial begins with may wait
+    with NoWaiting():
+        assert sum(islice(steps, 7)) > 0
+
+
+@pytest.mark.usefixtures("_fused_on_meta")
+@pytest.mark.parametrize("maps_lie", ["meta", "cpu"])
+def test_training_step_on_maps_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, maps_lie: str) -> None:
+    """Nor on maps that are too large for the device: which of them a batch needs is known on the host as well."""
+
+    def gather(values: Tensor, rows: Tensor, device: torch.device) -> Tensor:
+        assert values.device.type == rows.device.type == maps_lie
+        return torch.empty((len(rows), *values.shape[1:]), device=device)  # pinned memory needs a GPU
+
+    job = make_meta_job(unfrozen_layers=1)
+    net = make_net()
+    freeze_layers(net, 1)
+    partition = partition_model(net, torch.rand(3, 3, SIZE, SIZE))
+    maps = torch.rand(len(job.train.labels), partition.width, device=maps_lie)
+    monkeypatch.setattr(inputs, "gather_rows", gather)
+    steps = take_steps(replace(job, cached=CachedPrefix(partition=partition, train=lambda _: maps, val=maps)))
+    assert next(steps) > 0
     with NoWaiting():
         assert sum(islice(steps, 7)) > 0
 
