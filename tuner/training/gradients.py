@@ -39,13 +39,15 @@ class Gradients:
         self._source, self._inputs, self._forward = source, inputs, forward
         self._class_weights, self._micro_batch = class_weights, micro_batch
         self._dtype = find_dtype(source.model)
+        self._trained = [parameter for parameter in source.model.parameters() if parameter.requires_grad]
         self._graphs, self._n_steps = graphs, n_steps
         self._usual: tuple[torch.Size, torch.dtype] | None = None
         self._recorded: Step | None = None
 
     def make(self, rows: Rows) -> Tensor:
         """Put a batch's gradients in place of those before; return its mean loss, on the device."""
-        self._source.model.zero_grad(set_to_none=True)  # first: what is taken may need the memory
+        for parameter in self._trained:  # first: what is taken may need the memory
+            parameter.grad = None
         draws = self._inputs.draw(rows)  # for the whole batch, also where it is taken in parts
         labels = gather_rows(self._source.train.labels, rows.here, self._source.device)
         if self._micro_batch is None or self._micro_batch >= len(rows):
