@@ -175,10 +175,9 @@ class _Training:
         self._dtype = find_dtype(self._model)
         freeze_layers(self._model, params.unfrozen_layers)
         n_batches = count_batches(len(job.train.labels), params.batch_size)
+        n_steps = params.epochs * n_batches
         self._optimizer = build_optimizer(self._model, group_layers(self._model), params)
-        self._schedule = build_schedule(
-            self._optimizer, n_steps=params.epochs * n_batches, warmup_fraction=params.warmup_fraction
-        )
+        self._schedule = build_schedule(self._optimizer, n_steps=n_steps, warmup_fraction=params.warmup_fraction)
         self.parts = MovingParts(
             model=self._model,
             optimizer=self._optimizer,
@@ -188,6 +187,12 @@ class _Training:
         )
         source = _describe_source(job, self._order)
         self.inputs = find_inputs(source, job.cached)
+        self._gradients = self._prepare_gradients(source, n_steps)
+        self.n_images = min(n_batches * params.batch_size, len(job.train.labels))
+        """Training images of one epoch."""
+
+    def _prepare_gradients(self, source: Source, n_steps: int) -> Gradients:
+        job, params = self._job, self._job.params
         forward = StepForward(
             self._model,
             self.inputs.forward,
@@ -200,17 +205,15 @@ class _Training:
         class_weights = None
         if params.class_weights == "balanced":
             class_weights = weigh_classes(job.train.labels, job.train.n_classes).to(job.device, self._dtype)
-        self._gradients = Gradients(
+        return Gradients(
             source,
             self.inputs,
             forward,
             class_weights=class_weights,
             micro_batch=job.micro_batch,
             graphs=job.graphs if params.dropout == 0 else None,
-            n_steps=params.epochs * n_batches,
+            n_steps=n_steps,
         )
-        self.n_images = min(n_batches * params.batch_size, len(job.train.labels))
-        """Training images of one epoch."""
 
     def run_epoch(self, epoch: int) -> float:
         """Train on every image once; return the mean training loss over the images."""
