@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.training.compiling import keeping_draws
-from tuner.training.device import is_device_lost, release_memory, wait_for
+from tuner.training.device import release_memory, wait_for
 from tuner.training.head_features import keeping_buffers
 from tuner.trial import Precision, TrialParams
 
@@ -25,6 +25,8 @@ _LEAST_STEPS = 100
 _LEAST_RETURN = 2.0
 """How many times what recording takes a trial must be expected to save: it may be pruned before its end."""
 _N_TIMED = 10
+_LOST = "CUDA error: the device does not answer after a step that could not be recorded"
+"""Told as a lost device is, whatever the error said: a recording that fails may take the allocator with it."""
 _TOLERANCE = 3e-2
 """Largest difference of a tensor, over its largest value, that sums in another order may make in bfloat16."""
 _NOISE = 1e-3
@@ -85,12 +87,11 @@ class StepGraphs:
             with keeping_buffers(model), keeping_draws(device):
                 if (recorded := self._find(model, step, inputs, labels, params)) is not None:
                     return recorded
-        except torch.OutOfMemoryError:
-            pass  # the next trial may have the room
         except Exception as error:  # a user's backbone may do anything in its step, and only so much can be recorded
-            if is_device_lost(error) and not _answers(device):
-                raise
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if not _answers(device):
+                raise RuntimeError(_LOST) from error
+            if not isinstance(error, torch.OutOfMemoryError):  # the next trial may have the room
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
         finally:
             model.zero_grad(set_to_none=True)
         release_memory(device)  # out of the except block: its traceback held on to tensors

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.training import step_graphs
+from tuner.training.device import is_device_lost
 from tuner.training.head_features import keeping_buffers
 from tuner.training.loop import TrainingJob, train_epochs
 from tuner.training.step_graphs import Record, Step, StepGraphs
@@ -198,11 +199,18 @@ def test_backbone_that_cannot_be_recorded_is_given_up_with_one_note(record: Reco
     assert len(notes) == 2
 
 
-def test_lost_device_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the device no longer answers, the worker must end and another one take over."""
+def run_out_of_memory(*_: object) -> Step:
+    """Raise as torch does where a recording finds no room."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("record", [fail_to_record, run_out_of_memory])
+def test_lost_device_is_told_as_such(monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
+    """If the device no longer answers, whatever was said, the worker must end and another one take over."""
     monkeypatch.setattr(step_graphs, "_answers", lambda _: False)
-    with pytest.raises(RuntimeError, match="stream is capturing"):
-        find(StepGraphs(pytest.fail, fail_to_record))
+    with pytest.raises(RuntimeError, match="the device does not answer after a step") as caught:
+        find(StepGraphs(pytest.fail, record))
+    assert is_device_lost(caught.value)
 
 
 def test_recording_out_of_memory_gives_nothing_up() -> None:
