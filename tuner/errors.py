@@ -106,3 +106,8 @@ ERRORS_BY_NAME: dict[str, type[TunerError]] = {
     )
 }
 """Lets an error cross the pipe from a worker by its name."""
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says in one line, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tuner.data.memory import available_memory
-from tuner.service.outcomes import first_line
+from tuner.errors import first_line
 from tuner.service.workbench import Workbench
 from tuner.spec.sizes import format_bytes
 from tuner.training.checkpoint import Checkpoint, CheckpointFile

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from tuner.errors import first_line
 from tuner.service.feature_banks import FeatureBanks
-from tuner.service.outcomes import comes_from_lost_device, first_line
+from tuner.service.outcomes import comes_from_lost_device
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortJob, train_cohort
 from tuner.training.device import release_memory

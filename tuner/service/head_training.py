@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from tuner.errors import first_line
 from tuner.service.feature_banks import FeatureBanks
 from tuner.service.messages import Coordinator, EpochDone, GivenBack, Started, TrialDone, Verdict
-from tuner.service.outcomes import blame, comes_from_lost_device, first_line
+from tuner.service.outcomes import blame, comes_from_lost_device
 from tuner.service.spending import Spending
 from tuner.service.workbench import Workbench
 from tuner.training.cohort import CohortEpoch, CohortJob, train_cohort

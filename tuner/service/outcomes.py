@@ -2,7 +2,7 @@
 
 import traceback
 
-from tuner.errors import DataError, ModelError, OwnCodeError, StorageError
+from tuner.errors import DataError, ModelError, OwnCodeError, StorageError, first_line
 from tuner.training.device import is_device_lost, is_out_of_memory
 from tuner.training.epoch_numbers import Diverged
 from tuner.trial import Reason, TrialOutcome, TrialState
@@ -39,8 +39,3 @@ def _list_causes(error: BaseException) -> list[BaseException]:
         causes.append(cause)
         cause = cause.__cause__
     return causes
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says in one line, or its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -10,12 +10,13 @@ from tuner.data.cache import budget_bytes
 from tuner.data.feature_store import FeatureBank
 from tuner.data.image_set import ImageSet
 from tuner.data.views import View, find_view, list_views
+from tuner.errors import first_line
 from tuner.models.tracing import NotSeparable
 from tuner.models.weights import draws_weights
 from tuner.service.earlier_cuts import EarlierCut, EarlierCuts, Prefix
 from tuner.service.messages import Coordinator
 from tuner.service.open_banks import BankRequest, NoRoom, OpenBanks
-from tuner.service.outcomes import comes_from_lost_device, first_line
+from tuner.service.outcomes import comes_from_lost_device
 from tuner.service.prefix_payoff import Payoff
 from tuner.service.spending import Spending
 from tuner.service.verified_cuts import Cut, VerifiedCuts, make_ready

@@ -7,8 +7,9 @@ from time import perf_counter
 import torch
 
 from tuner.data.memory import available_memory
+from tuner.errors import first_line
 from tuner.service.messages import Probe, Probed
-from tuner.service.outcomes import comes_from_lost_device, first_line
+from tuner.service.outcomes import comes_from_lost_device
 from tuner.training.device import release_memory, wait_for
 from tuner.training.loop import TrainingJob, take_steps
 from tuner.trial import TrialParams

@@ -10,7 +10,7 @@ from typing import Never
 from tuner.data.duplicates import describe_near
 from tuner.data.splits import search_rows
 from tuner.data.store import open_store
-from tuner.errors import DataError
+from tuner.errors import DataError, first_line
 from tuner.models.backbone import create_backbone
 from tuner.models.weights import load_weights
 from tuner.service.admission import Admission, DoesNotFit
@@ -18,7 +18,7 @@ from tuner.service.feature_banks import FeatureBanks
 from tuner.service.head_starts import HeadStarts
 from tuner.service.head_training import HeadTraining
 from tuner.service.messages import Coordinator, EpochDone, Probe, Probed, Started, Train, TrialDone, report_progress
-from tuner.service.outcomes import blame, comes_from_lost_device, first_line
+from tuner.service.outcomes import blame, comes_from_lost_device
 from tuner.service.prefix_banks import PrefixBanks
 from tuner.service.slots import usable_cores
 from tuner.service.spending import Spending

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tuner.errors import first_line
 from tuner.paths import replacing
 from tuner.trial import EpochResult, TrialParams
 
@@ -161,7 +162,7 @@ class CheckpointFile:
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 - there is no end to what a torn or foreign file may raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             self._note(f"trial {self._number} starts at epoch 1, its checkpoint cannot be used: {reason}")
             return None
 

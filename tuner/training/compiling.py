@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import first_line
 from tuner.training.device import is_device_lost, release_memory
 from tuner.training.head_features import keeping_buffers
 from tuner.training.rounding import agree, find_rounding
@@ -77,7 +78,7 @@ class Compiler:
         except Exception as error:  # there is no end to what a compiler may raise
             if is_device_lost(error):
                 raise
-            compiled, reason = run, str(error).strip().partition("\n")[0] or type(error).__name__
+            compiled, reason = run, first_line(error)
         if reason is None:
             return compiled
         release_memory(inputs.device)
