@@ -87,9 +87,10 @@ def draw_head(model: nn.Module, seed: int) -> None:
     seed_everything(seed)
     for name in find_classifiers(model):
         head = model.get_submodule(name)
-        twin = copy.deepcopy(head).cpu()
-        _reset(twin)
-        head.load_state_dict(twin.state_dict())
+        devices = {parameter.device for parameter in head.parameters()}
+        _reset(head.cpu())
+        for device in devices:  # one, or none
+            head.to(device)
 
 
 def start_heads(head: nn.Linear | nn.Conv2d, seeds: Sequence[int], *, keep_head: bool = False) -> tuple[Tensor, Tensor]:

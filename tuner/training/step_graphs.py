@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
@@ -10,9 +10,11 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import first_line
 from tuner.training.compiling import keeping_draws
 from tuner.training.device import release_memory, wait_for
 from tuner.training.head_features import keeping_buffers
+from tuner.training.rounding import repeats
 from tuner.trial import Precision, TrialParams
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -27,8 +29,6 @@ _LEAST_RETURN = 2.0
 _N_TIMED = 10
 _LOST = "CUDA error: the device does not answer after a step that could not be recorded"
 """Told as a lost device is, whatever the error said: a recording that fails may take the allocator with it."""
-_TOLERANCE = 3e-2
-"""Largest difference of a tensor, over its largest value, that sums in another order may make in bfloat16."""
 _NOISE = 1e-3
 """Share of the largest gradient: smaller ones may be nothing but rounding, as those of biases under a BatchNorm are."""
 
@@ -91,7 +91,7 @@ class StepGraphs:
             if not _answers(device):
                 raise RuntimeError(_LOST) from error
             if not isinstance(error, torch.OutOfMemoryError):  # the next trial may have the room
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                reason = first_line(error)
         finally:
             model.zero_grad(set_to_none=True)
         release_memory(device)  # out of the except block: its traceback held on to tensors
@@ -142,12 +142,11 @@ def record_graph(model: nn.Module, step: Step, inputs: Tensor, labels: Tensor) -
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(stream):  # also around the recording, which when it fails does not go back by itself
-            for guard in (nullcontext, _refusing_to_wait):
-                # First what libraries set up when they are called first, which cannot be recorded; then what cannot
-                # be recorded for other reasons: a step that fails costs nothing, a recording may cost the worker.
-                with guard():
-                    step(kept_inputs, kept_labels)
-                model.zero_grad(set_to_none=True)
+            step(kept_inputs, kept_labels)  # what libraries set up when they are called first cannot be recorded
+            model.zero_grad(set_to_none=True)
+            with _refusing_to_wait():  # a step that fails costs nothing, a recording that fails may cost the worker
+                step(kept_inputs, kept_labels)
+            model.zero_grad(set_to_none=True)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 loss = step(kept_inputs, kept_labels)
     finally:  # what is put back on the current stream must come after what the steps have moved
@@ -213,21 +212,15 @@ def _try_step(step: Step, model: nn.Module, inputs: Tensor, labels: Tensor) -> _
 
 
 def _agree(found: _Tried, expected: _Tried, device: torch.device) -> bool:
-    """Whether two steps did the same: all bits on a CPU, else each tensor but for the order of its sums."""
+    """Whether two steps did the same, tensor by tensor: a large one hides no small one."""
     if len(found.gradients) != len(expected.gradients):
         return False
-    ours, theirs = ([each.loss, *each.gradients, *each.buffers] for each in (found, expected))
-    if device.type == "cpu":
-        return all(map(torch.equal, ours, theirs))
     noise = _NOISE * max(float(each.abs().max()) for each in expected.gradients)
-    floors = [0.0, *[noise] * len(expected.gradients), *[0.0] * len(expected.buffers)]
-    return all(map(_is_near, ours, theirs, floors))
-
-
-def _is_near(found: Tensor, expected: Tensor, floor: float) -> bool:
-    found, expected = found.double(), expected.double()
-    largest = max(float(expected.abs().max()), floor) if expected.numel() else floor
-    return bool(((found - expected).abs() <= _TOLERANCE * largest).all())
+    gradients = zip(found.gradients, expected.gradients, strict=True)
+    others = zip([found.loss, *found.buffers], [expected.loss, *expected.buffers], strict=True)
+    return all(repeats(*pair, device, floor=noise) for pair in gradients) and all(
+        repeats(*pair, device) for pair in others
+    )
 
 
 def _time(step: Step, model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
